@@ -1,0 +1,98 @@
+"""How benchmarks measure: interleaved rounds, medians, the machine's limits from the same run, one JSON at the end."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine.kernels import cpu, limits
+from tqdm import tqdm
+
+from engine import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Machine:
+    """What this run measured the machine to be able to do; the yardstick of its results."""
+
+    read_bandwidth: float = field(default_factory=limits.read_bandwidth)  # bytes/s from memory
+    flop_rate: float = field(default_factory=limits.flop_rate)  # float32 operations/s
+
+    def seconds(self, num_bytes: float, operations: float) -> float:
+        """The least time a kernel that reads so many bytes and does so many operations can take: the roofline."""
+        return max(num_bytes / self.read_bandwidth, operations / self.flop_rate)
+
+
+def interleaved(contenders: dict[str, Callable[[], float]], rounds: int, progress: tqdm | None = None) -> dict[str, list[float]]:
+    """Run every contender once per round, in turn, so that a drift of the machine's speed meets them all alike."""
+    results: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            results[name].append(run())
+            if progress is not None:
+                progress.update()
+    return results
+
+
+def seconds_of(run: Callable[[], Any], inner: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        run()
+    return (time.perf_counter() - start) / inner
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a plain text table."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(f"\n{title}")
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print(
+            "  " + "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        )
+
+
+def describe(machine: Machine) -> dict[str, Any]:
+    """Machine, versions and commit, for the JSON."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+    except OSError:
+        pass
+    return {
+        "processor": processor,
+        "kernels": cpu.describe() if cpu.unavailable("cpu") is None else "reference",
+        "torch_threads": torch.get_num_threads(),
+        "read_bandwidth_gb_s": machine.read_bandwidth / 1e9,
+        "flop_rate_gflop_s": machine.flop_rate / 1e9,
+        "engine": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+    }
+
+
+def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": describe(machine), "results": results}, indent=1) + "\n")
+    print(f"\nwritten: {path}")

@@ -1,0 +1,72 @@
+#include <string>
+
+#include "bind.h"
+
+namespace engine {
+namespace {
+
+void check_range(const char* name, const int32_t* values, int64_t count, int64_t low, int64_t high) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (values[i] < low || values[i] >= high)
+            throw py::value_error(std::string(name) + " must hold values in [" + std::to_string(low) + ", " + std::to_string(high) +
+                                  "), got " + std::to_string(values[i]) + " at " + std::to_string(i));
+    }
+}
+
+void embed(uintptr_t tokens, int64_t count, uintptr_t table, int dtype, int64_t vocabulary, int64_t width, uintptr_t out) {
+    py::gil_scoped_release release;
+    check_range("tokens", as<const int32_t>(tokens), count, 0, vocabulary);
+    active().embed(as<const int32_t>(tokens), count, as<const void>(table), static_cast<DType>(dtype), width, as<float>(out));
+}
+
+void rms_norm(uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, int dtype, float eps, uintptr_t out) {
+    py::gil_scoped_release release;
+    active().rms_norm(as<const float>(x), rows, width, as<const void>(weight), static_cast<DType>(dtype), eps, as<float>(out));
+}
+
+void silu_mul(uintptr_t x, int64_t rows, int64_t width, uintptr_t out) {
+    py::gil_scoped_release release;
+    active().silu_mul(as<const float>(x), rows, width, as<float>(out));
+}
+
+void rope_append(uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t cos, uintptr_t sin, uintptr_t key_cache,
+                 uintptr_t value_cache, uintptr_t q_norm, uintptr_t k_norm, uintptr_t out, int cache_dtype, int norm_dtype, int64_t tokens,
+                 int64_t max_position, int64_t num_blocks, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t half,
+                 int64_t block_size, float norm_eps, bool interleaved) {
+    py::gil_scoped_release release;
+    RopeArgs args{};
+    args.qkv = as<const float>(qkv);
+    args.positions = as<const int32_t>(positions);
+    args.slots = as<const int32_t>(slots);
+    args.cos = as<const float>(cos);
+    args.sin = as<const float>(sin);
+    args.key_cache = as<void>(key_cache);
+    args.value_cache = as<void>(value_cache);
+    args.q_norm = as<const void>(q_norm);
+    args.k_norm = as<const void>(k_norm);
+    args.out = as<float>(out);
+    args.cache_dtype = static_cast<DType>(cache_dtype);
+    args.norm_dtype = static_cast<DType>(norm_dtype);
+    args.tokens = tokens;
+    args.num_heads = num_heads;
+    args.num_kv_heads = num_kv_heads;
+    args.head_dim = head_dim;
+    args.half = half;
+    args.block_size = block_size;
+    args.norm_eps = norm_eps;
+    args.interleaved = interleaved;
+    check_range("positions", args.positions, tokens, 0, max_position);
+    check_range("slots", args.slots, tokens, -1, num_blocks * block_size);
+    active().rope_append(args);
+}
+
+}  // namespace
+
+void bind_elementwise(py::module_& m) {
+    m.def("embed", &embed);
+    m.def("rms_norm", &rms_norm);
+    m.def("silu_mul", &silu_mul);
+    m.def("rope_append", &rope_append);
+}
+
+}  // namespace engine

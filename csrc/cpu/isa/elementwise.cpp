@@ -1,0 +1,178 @@
+// What lies between the products: embedding rows, RMS norm, rotary embedding with the cache write, SwiGLU. Each row on its own, in one
+// order of operations; many rows are shared out over the threads, few are done at once by the caller.
+#include "../kernels.h"
+#include "../thread_pool.h"
+#include "exp.h"
+#include "simd.h"
+
+namespace engine {
+namespace ENGINE_ISA {
+namespace {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kChunk = 16 * 1024;  // elements worth handing to a thread (several microseconds of work)
+
+// Run f(begin, end) over rows of `width` elements, inline when there is little to do; chunks are multiples of `multiple` rows.
+template <class F>
+ENGINE_INLINE void over_rows(int64_t rows, int64_t width, int64_t multiple, const F& f) {
+    const int64_t grain = (kChunk / (width + 1) + multiple) / multiple * multiple;
+    if (rows * width < 2 * kChunk || rows <= grain) {
+        f(0, rows);
+    } else {
+        parallel_for(rows, grain, f);
+    }
+}
+
+template <class T>
+void embed_rows(const int32_t* tokens, int64_t count, const T* table, int64_t width, float* out) {
+    over_rows(count, width, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const T* source = table + tokens[row] * width;
+            float* target = out + row * width;
+            int64_t c = 0;
+            for (; c + kLanes <= width; c += kLanes) store(target + c, load_as_float(source + c));
+            for (; c < width; ++c) target[c] = as_float(source[c]);
+        }
+    });
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight. Squares go to four vectors by position modulo 4 * kLanes, which are then added in one order.
+template <class W>
+ENGINE_INLINE void normalise(const float* x, const W* weight, int64_t width, float eps, float* out) {
+    VecF sum[4] = {zero(), zero(), zero(), zero()};
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
+        for (int i = 0; i < 4; ++i) {
+            const VecF v = load(x + c + i * kLanes);
+            sum[i] = fma(v, v, sum[i]);
+        }
+    }
+    for (int i = 0; c < width; c += kLanes, ++i) {
+        const VecF v = c + kLanes <= width ? load(x + c) : load(x + c, static_cast<int>(width - c));
+        sum[i] = fma(v, v, sum[i]);
+    }
+    const float squares = reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+    const float factor = 1.0f / __builtin_sqrtf(squares / static_cast<float>(width) + eps);
+    for (c = 0; c + kLanes <= width; c += kLanes) store(out + c, mul(mul(load(x + c), set1(factor)), load_as_float(weight + c)));
+    for (; c < width; ++c) out[c] = x[c] * factor * as_float(weight[c]);
+}
+
+void normalise(const float* x, const void* weight, DType dtype, int64_t width, float eps, float* out) {
+    if (dtype == kF32) {
+        normalise(x, static_cast<const float*>(weight), width, eps, out);
+    } else if (dtype == kBF16) {
+        normalise(x, static_cast<const BF16*>(weight), width, eps, out);
+    } else {
+        normalise(x, static_cast<const F16*>(weight), width, eps, out);
+    }
+}
+
+// Turn pair i of a head by the angle of column i; components past 2 * half pass. Plain loops: the compiler vectorises them, and every
+// result is one fixed expression whatever its lane.
+void rotate(const float* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t half, int64_t head_dim,
+            bool interleaved, float* __restrict out) {
+    if (interleaved) {
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = x[2 * i], b = x[2 * i + 1];
+            out[2 * i] = a * cos[i] - b * sin[i];
+            out[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+    } else {
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = x[i], b = x[i + half];
+            out[i] = a * cos[i] - b * sin[i];
+            out[i + half] = b * cos[i] + a * sin[i];
+        }
+    }
+    for (int64_t i = 2 * half; i < head_dim; ++i) out[i] = x[i];
+}
+
+ENGINE_INLINE void put(float* p, float value) { *p = value; }
+ENGINE_INLINE void put(BF16* p, float value) { p->bits = to_bf16(value); }
+
+template <class T>
+void rope_token(const RopeArgs& a, int64_t token) {
+    const int64_t head_dim = a.head_dim;
+    const float* x = a.qkv + token * (a.num_heads + 2 * a.num_kv_heads) * head_dim;
+    const float* cos = a.cos + a.positions[token] * a.half;
+    const float* sin = a.sin + a.positions[token] * a.half;
+    float normal[kMaxHeadDim], turned[kMaxHeadDim];
+    const auto turn = [&](const void* norm, float* out) {
+        const float* source = x;
+        if (norm != nullptr) {
+            normalise(x, norm, a.norm_dtype, head_dim, a.norm_eps, normal);
+            source = normal;
+        }
+        rotate(source, cos, sin, a.half, head_dim, a.interleaved, out);
+        x += head_dim;
+    };
+    for (int64_t head = 0; head < a.num_heads; ++head) turn(a.q_norm, a.out + (token * a.num_heads + head) * head_dim);
+    if (a.slots[token] < 0) return;
+    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
+    T* keys = static_cast<T*>(a.key_cache) + block * a.num_kv_heads * a.block_size * head_dim;
+    T* values = static_cast<T*>(a.value_cache) + block * a.num_kv_heads * a.block_size * head_dim;
+    keys += offset / kSubBlock * kSubBlock * head_dim + offset % kSubBlock;
+    values += offset * head_dim;
+    for (int64_t head = 0; head < a.num_kv_heads; ++head, keys += a.block_size * head_dim) {
+        turn(a.k_norm, turned);
+        for (int64_t d = 0; d < head_dim; ++d) put(keys + d * kSubBlock, turned[d]);
+    }
+    for (int64_t head = 0; head < a.num_kv_heads; ++head, values += a.block_size * head_dim, x += head_dim)
+        for (int64_t d = 0; d < head_dim; ++d) put(values + d, x[d]);
+}
+
+// silu(g) = g / (1 + exp(-g)), written with exp of -|g| so that nothing overflows.
+ENGINE_INLINE VecF silu(VecF g) {
+    const VecF e = exp_nonpositive(min(sub(zero(), g), g));
+    return div(fma(min(zero(), g), e, max(zero(), g)), add(set1(1.0f), e));
+}
+
+}  // namespace
+
+void embed(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out) {
+    if (dtype == kF32) {
+        embed_rows(tokens, count, static_cast<const float*>(table), width, out);
+    } else if (dtype == kBF16) {
+        embed_rows(tokens, count, static_cast<const BF16*>(table), width, out);
+    } else {
+        embed_rows(tokens, count, static_cast<const F16*>(table), width, out);
+    }
+}
+
+void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out) {
+    over_rows(rows, width, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) normalise(x + row * width, weight, dtype, width, eps, out + row * width);
+    });
+}
+
+void silu_mul(const float* x, int64_t rows, int64_t width, float* out) {
+    over_rows(rows, width, 1, [=](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            const float* gate = x + row * 2 * width;
+            const float* up = gate + width;
+            float* y = out + row * width;
+            int64_t c = 0;
+            for (; c + kLanes <= width; c += kLanes) store(y + c, mul(silu(load(gate + c)), load(up + c)));
+            if (c < width) {
+                const int n = static_cast<int>(width - c);
+                store(y + c, mul(silu(load(gate + c, n)), load(up + c, n)), n);
+            }
+        }
+    });
+}
+
+void rope_append(const RopeArgs& args) {
+    // Whole sub-blocks of a prompt to a thread, as the keys of 16 tokens share cache lines.
+    over_rows(args.tokens, (args.num_heads + 2 * args.num_kv_heads) * args.head_dim, kSubBlock, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            if (args.cache_dtype == kF32) {
+                rope_token<float>(args, token);
+            } else {
+                rope_token<BF16>(args, token);
+            }
+        }
+    });
+}
+
+}  // namespace ENGINE_ISA
+}  // namespace engine

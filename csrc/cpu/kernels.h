@@ -1,0 +1,136 @@
+// The kernels of one instruction set as a table of plain C functions. Each file under isa/ is compiled once per instruction set into
+// namespace engine::<isa>; dispatch.cpp picks a table at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace engine {
+
+enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };  // the same numbers as in kernels/cpu.py
+
+// ---- linear (isa/linear.cpp) ----
+struct LinearSegment {
+    const void* weight;  // [n, k] row-major, of LinearArgs::dtype
+    const void* bias;    // [n] of bias_dtype, or null
+    int64_t n;
+    DType bias_dtype;
+};
+struct LinearArgs {
+    const float* x;  // [m, k], rows x_stride floats apart
+    int64_t x_stride, m, k;
+    const LinearSegment* segments;
+    int num_segments;
+    DType dtype;
+    const float* residual;  // [m, sum n] contiguous, or null; may be `out`
+    float* out;             // [m, sum n] contiguous
+};
+
+// ---- attention (isa/attention.cpp; planned in bind_attention.cpp) ----
+constexpr int kSubBlock = 16;          // tokens that lie side by side in the key cache
+constexpr int kAttentionSplit = 512;   // tokens whose softmax is taken on its own; a multiple of kSubBlock
+constexpr int kAttentionMaxRows = 64;  // of a work item
+struct AttentionArgs {
+    const float* q;           // [T, num_heads, head_dim]
+    const void* key_cache;    // [num_blocks, num_kv_heads, block_size / 16, head_dim, 16] of dtype
+    const void* value_cache;  // [num_blocks, num_kv_heads, block_size, head_dim] of dtype
+    const int32_t* block_table;
+    float* out;       // [T, num_heads, head_dim]
+    float* partials;  // scratch for tiles whose splits are several items
+    DType dtype;
+    int64_t max_blocks, num_heads, num_kv_heads, head_dim, block_size, window;
+    float scale;
+};
+// Some rows of one sequence and KV head over some splits. Row r is query r / group, head kv_head * group + r % group.
+struct AttentionItem {
+    int64_t sequence, kv_head;
+    int64_t first_token, queries, context;  // the sequence's query tokens are rows first_token.. of q, the last of `context` tokens
+    int64_t row_begin, row_end;             // at most kAttentionMaxRows rows
+    int64_t split_begin, split_end;
+    // -1: finish the rows. Else where in AttentionArgs::partials this tile's splits are left for attention_merge:
+    // [split - partial_split][row - row_begin][head_dim + 2], each a weighted sum of values, its maximum score and its weight.
+    int64_t partial_offset, partial_split;
+};
+// The tokens [begin, end) that a row sees.
+struct AttentionRange {
+    int64_t begin, end;
+};
+inline __attribute__((always_inline)) AttentionRange attention_range(const AttentionItem& item, int64_t group, int64_t window,
+                                                                     int64_t row) {
+    const int64_t end = item.context - item.queries + row / group + 1;
+    return {window > 0 && end > window ? end - window : 0, end};
+}
+
+// ---- sample (isa/sample.cpp) ----
+struct SampleArgs {
+    const float* logits;  // [rows, vocab], rows row_stride floats apart
+    int64_t row_stride, rows, vocab;
+    const float* temperature;  // this and the following: one entry per row
+    const int32_t* top_k;
+    const int64_t* seed;
+    const int32_t* position;
+    const int32_t* stream;
+    const float* penalty;  // null: no penalty, no history
+    const int32_t* history;
+    const int32_t* history_start;  // [rows + 1]
+    int64_t* tokens;
+    float* logprobs;
+    int32_t* status;
+};
+
+// ---- elementwise (isa/elementwise.cpp) ----
+struct RopeArgs {
+    const float* qkv;  // [tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    const int32_t* positions;
+    const int32_t* slots;
+    const float* cos;  // [max_position, half]
+    const float* sin;
+    void* key_cache;  // as in AttentionArgs
+    void* value_cache;
+    const void* q_norm;  // [head_dim] of norm_dtype, or null with k_norm
+    const void* k_norm;
+    float* out;  // [tokens, num_heads, head_dim]
+    DType cache_dtype, norm_dtype;
+    int64_t tokens, num_heads, num_kv_heads, head_dim, half, block_size;
+    float norm_eps;
+    bool interleaved;
+};
+
+struct Kernels {
+    // ---- linear ----
+    void (*linear)(const LinearArgs& args);
+
+    // ---- attention ----
+    void (*attention_item)(const AttentionArgs& args, const AttentionItem& item);
+    void (*attention_merge)(const AttentionArgs& args, const AttentionItem& item);  // finish the rows from the partials of all their splits
+
+    // ---- elementwise ----
+    void (*embed)(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out);
+    void (*rms_norm)(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out);
+    void (*silu_mul)(const float* x, int64_t rows, int64_t width, float* out);  // width: of out, half of x's
+    void (*rope_append)(const RopeArgs& args);
+
+    // ---- limits ----
+    float (*read_floats)(const float* data, int64_t count);
+    int64_t (*multiply_adds)(int64_t tasks, int64_t rounds);
+
+    // ---- sample ----
+    void (*sample)(const SampleArgs& args);
+    // The words of a row's tokens and, where a word is below kTailWords, their tails (else 0).
+    void (*noise_of_row)(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
+    // E and log(E) of n words.
+    void (*noise_of_words)(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
+};
+
+namespace portable {
+const Kernels& kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+#endif
+
+}  // namespace engine

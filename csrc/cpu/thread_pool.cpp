@@ -1,0 +1,219 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace engine {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(100);  // a decode step leaves gaps of tens of microseconds between kernels
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+int default_threads() {
+    if (const char* text = std::getenv("ENGINE_NUM_THREADS")) {
+        const int n = std::atoi(text);
+        if (n >= 1) return n;
+    }
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) >= 1) return CPU_COUNT(&set);
+#endif
+    const unsigned n = std::thread::hardware_concurrency();
+    return n >= 1 ? static_cast<int>(n) : 1;
+}
+
+thread_local bool inside = false;  // this thread is running chunks: a nested parallel_for runs inline
+
+// A job is open for helpers while `state` carries kOpen; a helper enters by counting itself into the low bits and leaves by counting itself
+// out. The caller closes the job when no chunk is left and waits only for those that entered, so that a job smaller than the time it takes
+// to wake a sleeping worker never waits for it.
+class Pool {
+  public:
+    explicit Pool(int threads) : size_(threads) {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    }
+
+    ~Pool() {
+        stop_.store(true);
+        {
+            std::lock_guard<std::mutex> lock(sleep_mutex_);
+            wake_.notify_all();
+        }
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    int size() const { return size_; }
+
+    void run(int64_t n, int64_t grain, RangeFn fn, void* context) {
+        n_ = n;
+        grain_ = grain;
+        fn_ = fn;
+        context_ = context;
+        next_.store(0, std::memory_order_relaxed);
+        const uint64_t ticket = state_.load(std::memory_order_relaxed) / kEpoch + 1;
+        state_.store(ticket * kEpoch + kOpen);  // sequentially consistent, as is sleepers_: either we see the sleeper or it sees the job
+        if (sleepers_.load() > 0) {
+            std::lock_guard<std::mutex> lock(sleep_mutex_);
+            wake_.notify_all();
+        }
+        chunks();
+        state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        for (int spins = 0; state_.load(std::memory_order_acquire) % kOpen != 0; ++spins) {
+            pause();
+            if (spins > 20000) std::this_thread::yield();  // fewer CPUs than threads: let the helper run
+        }
+    }
+
+  private:
+    static constexpr uint64_t kOpen = uint64_t{1} << 16;
+    static constexpr uint64_t kEpoch = uint64_t{1} << 17;
+
+    void chunks() {
+        inside = true;
+        while (true) {
+            const int64_t begin = next_.fetch_add(1, std::memory_order_relaxed) * grain_;
+            if (begin >= n_) break;
+            fn_(context_, begin, n_ - begin < grain_ ? n_ : begin + grain_);
+        }
+        inside = false;
+    }
+
+    bool enter(uint64_t epoch) {
+        uint64_t state = state_.load(std::memory_order_acquire);
+        while (state / kEpoch == epoch && (state & kOpen) != 0) {
+            if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+        }
+        return false;
+    }
+
+    void work() {
+        uint64_t seen = state_.load() / kEpoch;
+        if ((state_.load() & kOpen) != 0) --seen;  // started while a job is open: join it
+        while (true) {
+            const auto deadline = std::chrono::steady_clock::now() + kSpin;
+            uint64_t epoch = seen;
+            for (int spins = 0; !stop_.load(std::memory_order_relaxed); ++spins) {
+                epoch = state_.load(std::memory_order_acquire) / kEpoch;
+                if (epoch != seen) break;
+                pause();
+                if (spins % 64 == 63 && std::chrono::steady_clock::now() > deadline) {
+                    std::unique_lock<std::mutex> lock(sleep_mutex_);
+                    sleepers_.fetch_add(1);
+                    wake_.wait(lock, [&] { return stop_.load() || state_.load() / kEpoch != seen; });
+                    sleepers_.fetch_sub(1);
+                }
+            }
+            if (stop_.load()) return;
+            seen = epoch;
+            if (enter(epoch)) {
+                chunks();
+                state_.fetch_sub(1, std::memory_order_acq_rel);
+            }
+        }
+    }
+
+    const int size_;
+    int64_t n_ = 0, grain_ = 1;
+    RangeFn fn_ = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<uint64_t> state_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::atomic<bool> stop_{false};
+    std::mutex sleep_mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+};
+
+// Guards pool and wanted, and is held for the length of a parallel_for. Never destroyed: worker threads may outlive static destructors.
+std::mutex& turn() {
+    static std::mutex* mutex = new std::mutex;
+    return *mutex;
+}
+Pool* pool = nullptr;
+int wanted = 0;
+
+// A fork copies only the forking thread: wait until no job runs, and in the child forget the pool (its threads do not exist there; joining
+// or freeing it would hang, so its memory is given up) and start a new one on demand.
+void before_fork() {
+    if (!inside) turn().lock();
+}
+void after_fork_in_parent() {
+    if (!inside) turn().unlock();
+}
+void after_fork_in_child() {
+    pool = nullptr;
+    if (!inside) turn().unlock();
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+
+int wanted_threads() {
+    if (wanted == 0) wanted = default_threads();
+    return wanted;
+}
+
+struct Buffer {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+int num_threads() {
+    std::lock_guard<std::mutex> lock(turn());
+    return wanted_threads();
+}
+
+void set_num_threads(int n) {
+    std::lock_guard<std::mutex> lock(turn());
+    wanted = n < 1 ? 1 : n;
+    if (pool != nullptr && pool->size() != wanted) {
+        delete pool;
+        pool = nullptr;
+    }
+}
+
+void parallel_for(int64_t n, int64_t grain, RangeFn fn, void* context) {
+    if (grain < 1) grain = 1;
+    if (inside || n <= grain) {
+        for (int64_t begin = 0; begin < n; begin += grain) fn(context, begin, n - begin < grain ? n : begin + grain);
+        return;
+    }
+    std::lock_guard<std::mutex> lock(turn());
+    if (pool == nullptr) pool = new Pool(wanted_threads());
+    pool->run(n, grain, fn, context);
+}
+
+void* scratch(ScratchSlot slot, int64_t bytes) {
+    static thread_local Buffer buffers[kNumScratchSlots];
+    Buffer& buffer = buffers[slot];
+    if (buffer.bytes < bytes) {
+        std::free(buffer.data);
+        buffer.bytes = 0;
+        bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+        buffer.data = std::aligned_alloc(64, static_cast<size_t>(bytes));
+        if (buffer.data == nullptr) throw std::bad_alloc();
+        buffer.bytes = bytes;
+    }
+    return buffer.data;
+}
+
+}  // namespace engine

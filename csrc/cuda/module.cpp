@@ -1,0 +1,41 @@
+// engine.kernels._cuda: the CUDA kernels over raw device pointers. Importing it needs no GPU and no driver.
+#include <pybind11/pybind11.h>
+
+#include "cuda/launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::object unavailable() {
+    const std::string reason = engine::cuda::unavailable();
+    if (reason.empty()) return py::none();
+    return py::str(reason);
+}
+
+py::dict device_info(int device) {
+    const engine::cuda::DeviceInfo info = engine::cuda::device_info(device);
+    py::dict result;
+    result["name"] = info.name;
+    result["compute_capability"] = py::make_tuple(info.compute_major, info.compute_minor);
+    result["num_sms"] = info.num_sms;
+    result["memory_bytes"] = info.memory_bytes;
+    return result;
+}
+
+void noise(uintptr_t out, uintptr_t seeds, uintptr_t positions, uintptr_t streams, int64_t num_rows, int64_t vocab_size, int device,
+           uintptr_t stream) {
+    engine::cuda::noise(reinterpret_cast<float*>(out), reinterpret_cast<const int64_t*>(seeds), reinterpret_cast<const int32_t*>(positions),
+                        reinterpret_cast<const int32_t*>(streams), num_rows, vocab_size, device, stream);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "CUDA kernels over raw device pointers; the Python binding checks the arguments.";
+    m.def("unavailable", &unavailable, "None if a CUDA device can be used, else the reason why not.");
+    m.def("device_info", &device_info, py::arg("device"), "Name, compute capability, number of SMs and bytes of memory of a device.");
+    m.def("noise", &noise, py::arg("out"), py::arg("seeds"), py::arg("positions"), py::arg("streams"), py::arg("num_rows"),
+          py::arg("vocab_size"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
+          "log(E) of every token into out, float32 [num_rows, vocab_size]; all other arguments as in csrc/cuda/launch.h.");
+}

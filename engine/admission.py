@@ -1,0 +1,96 @@
+"""From a call's prompts and options to requests: everything that can be refused is refused here, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .decode.stop import TextState
+from .models.config import ModelConfig
+from .params import SamplingParams, child_seed
+from .request import Request
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def build_requests(
+    caller: str,
+    token_lists: list[list[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    options: dict[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    scheduler: Scheduler,
+) -> list[Request]:
+    """One request per prompt and returned sequence, in order. Raises ``ValueError`` or ``TypeError`` naming what cannot be."""
+    if params is not None and options:
+        raise TypeError(f"{caller} got both params and {', '.join(options)}; give one or the other")
+    one_for_all = params is None or isinstance(params, SamplingParams)
+    if params is None:
+        params = SamplingParams.from_options(caller, options)
+    each = [params] * len(token_lists) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(token_lists) or not all(isinstance(p, SamplingParams) for p in each):
+        raise ValueError(
+            f"params is a list of {len(each)}; with {len(token_lists)} prompts it must be as many SamplingParams, or a single one"
+        )
+    requests: list[Request] = []
+    for i, (tokens, p) in enumerate(zip(token_lists, each, strict=True)):
+        seed = int(torch.randint(2**63 - 1, ()).item()) if p.seed is None else p.seed
+        if p.seed is not None and one_for_all:
+            seed = child_seed(seed, i)  # a seed that prompts share must not give them the same noise
+        requests += _requests_of_prompt(i, tokens, p, seed, config, tokenizer, scheduler)
+    return requests
+
+
+def _requests_of_prompt(
+    prompt_index: int,
+    tokens: list[int],
+    params: SamplingParams,
+    seed: int,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    scheduler: Scheduler,
+) -> list[Request]:
+    room = config.max_position - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"prompt {prompt_index} has {len(tokens)} tokens; the model's length of {config.max_position} leaves room for none after it"
+        )
+    max_new_tokens = params.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+    if max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}; after the {len(tokens)} tokens of prompt {prompt_index} the model's length of "
+            f"{config.max_position} allows {room}"
+        )
+    if reason := scheduler.admissible(len(tokens), max_new_tokens):
+        raise ValueError(f"prompt {prompt_index}: {reason}")
+    stop, eos = params.stop, params.eos_token_id
+    # SamplingParams has made tuples of these, whatever it was given.
+    assert isinstance(stop, tuple) and (eos is None or isinstance(eos, tuple))
+    if stop and tokenizer is None:
+        raise ValueError(f"stop is {stop!r}, but this decoder has no tokenizer; use stop_token_ids, or Decoder(model, tokenizer=...)")
+    for name, ids in (("stop_token_ids", params.stop_token_ids), ("eos_token_id", eos or ())):
+        for token in ids:
+            if token >= config.vocab_size:
+                raise ValueError(f"{name} holds {token}; the model's vocabulary has ids 0 to {config.vocab_size - 1}")
+    ends = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        ends.update(config.eos_token_ids if eos is None else eos)
+    return [
+        Request(
+            prompt=tokens,
+            params=params,
+            seed=seed,
+            stream=params.stream + index,
+            max_new_tokens=max_new_tokens,
+            end_token_ids=frozenset(ends),
+            prompt_index=prompt_index,
+            index=index,
+            text_state=None if tokenizer is None else TextState(tokenizer.stream_decoder(), tokenizer.decode, stop),
+        )
+        for index in range(params.num_return_sequences)
+    ]

@@ -1,0 +1,280 @@
+"""The face of the engine: ``Decoder(model).generate(...)``, and the loop plan -> run -> decide -> commit behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import kernels as kernels_module
+from .admission import DEFAULT_NEW_TOKENS, build_requests
+from .blocks import BlockPool
+from .decode.sample import failure, sample_rows
+from .kv_cache import KVCache, block_bytes, size_cache
+from .models.load import load
+from .outputs import FinishReason, RequestOutput, StreamEvent
+from .params import SamplingParams
+from .prompts import Prompts, to_token_lists
+from .request import Request
+from .runner import Runner
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer
+
+
+class Decoder:
+    """Decodes many requests at once with one model over a paged KV cache.
+
+    Args:
+        model: a live PyTorch model (its weights are shared, never copied), or a path: a Hugging Face folder or a checkpoint of the origin
+            model.
+        tokenizer: a path, a ``tokenizers.Tokenizer`` or a fast transformers tokenizer; default: the one in the model's folder, if any.
+            Without one, prompts are token ids and outputs have no text.
+        max_position: shorten the model's length, and with it the RoPE tables; default: the model's own.
+        origin_config: for a bare checkpoint file of the origin model, what its shapes do not tell, e.g. ``{"n_heads": 12}``.
+        dtype: convert the weights of a folder to this on loading; default: as stored.
+        kv_dtype: ``torch.float32`` or ``torch.bfloat16``; default: bfloat16 for bfloat16 weights, else float32.
+        kernels: a backend's name, or "auto" for the fastest present.
+        max_batch_size: most sequences decoded in one step.
+        max_batch_tokens: most query tokens in one step, prompts included.
+        prefill_chunk: most tokens of one prompt in one step; default: ``max_batch_tokens``.
+        cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
+            of the free memory.
+        block_size: tokens per cache block, a positive multiple of 16.
+
+    Not thread-safe: one thread at a time may use a decoder. Several ``stream`` iterators of one decoder may be interleaved; their requests
+    share its steps.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        max_position: int | None = None,
+        origin_config: Any = None,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        kernels: str = "auto",
+        max_batch_size: int = 64,
+        max_batch_tokens: int = 512,
+        prefill_chunk: int | None = None,
+        cache_tokens: int | None = None,
+        block_size: int = 16,
+    ) -> None:
+        self.ops = kernels_module.select("cpu", kernels)
+        loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config)
+        self.model = loaded.model
+        self.config = config = loaded.config
+        self.name = loaded.name
+        source = tokenizer if tokenizer is not None else loaded.tokenizer_path
+        self.tokenizer = None if source is None else Tokenizer(source)
+        if kv_dtype is None:
+            kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
+        bytes_per_block = block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, block_size, kv_dtype)
+        num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
+        self.pool = BlockPool(num_blocks, block_size)
+        self.cache = KVCache(
+            config.num_layers, config.num_kv_heads, config.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
+        )
+        self.runner = Runner(self.model, self.cache, block_size)
+        self.num_steps = 0  # steps run so far
+
+    @classmethod
+    def bundled(cls, **options: Any) -> Decoder:
+        """A decoder over the small model that comes with the package; options as for ``Decoder``."""
+        return cls(Path(__file__).parent / "bundled" / "target", **options)
+
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Decode to the end.
+
+        Args:
+            prompts: a string, a list of strings, token ids, lists of them, or an integer tensor ``[B, T]``. Lengths may differ.
+            params: one ``SamplingParams`` for all prompts or a list with one each.
+            attention_mask: ``[B, T]`` beside a tensor of prompts; 0 marks padding.
+            **options: the fields of ``SamplingParams`` (or their usual other names) instead of ``params``.
+
+        Returns:
+            One output per prompt and returned sequence, in order: ``num_return_sequences`` of the first prompt, then of the second, ...
+
+        Raises:
+            ValueError, TypeError: bad input, named in one sentence, before any work is done. A request that fails later (NaN in its
+            logits) does not raise: its output has ``finish_reason`` "error".
+        """
+        requests = self._requests("generate()", prompts, attention_mask, params, options)
+        finished = tqdm(total=len(requests), desc="decoding", unit="request", disable=None, delay=2, leave=False)
+        with finished:
+            for event in self._run(requests):
+                finished.update(event.output is not None)
+        return [request.output for request in requests if request.output is not None]
+
+    def stream(
+        self,
+        prompts: Prompts,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Iterator[StreamEvent]:
+        """Like ``generate``, but yields tokens and text as they come; bad input raises here, before the first event.
+
+        Leaving the iterator early aborts what is unfinished.
+        """
+        return self._run(self._requests("stream()", prompts, attention_mask, params, options))
+
+    def generate_super(
+        self,
+        idx: Tensor,
+        stop_id: int | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        do_sample: bool = False,
+        num_beams: int = 1,
+        attention_mask: Tensor | None = None,
+        pad_token_id: int | None = None,
+    ) -> Tensor:
+        """The origin model's ``generate_super`` call, unchanged: new tokens ``[B, n]`` int64 for ``idx [B, T]``.
+
+        It repairs the original where that is wrong: ``do_sample=False`` is greedy at every temperature (the original samples from 0.1 on);
+        temperature 0 or below is greedy; batches work with and without padding on either side; every row runs to its own stop token,
+        which is included, and is then filled with ``pad_token_id`` (default: ``stop_id``, else the model's, else 0). Prompt and new tokens
+        must fit the model's length (the original drops the oldest tokens). Draws follow ``torch.manual_seed``.
+        """
+        if num_beams > 1:
+            raise ValueError(f"num_beams is {num_beams}; beam search is not yet available, 1 is allowed")
+        if top_k is not None and top_k < 1:
+            top_k = None  # as the original does
+        outputs = self.generate(
+            idx,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            temperature=max(temperature, 0.0),
+            top_k=top_k,
+            do_sample=do_sample,
+            ignore_eos=True,  # the original knows only stop_id
+            stop_token_ids=() if stop_id is None else (stop_id,),
+        )
+        for output in outputs:
+            if output.error:
+                raise RuntimeError(f"row {output.prompt_index}: {output.error}")
+        pad = next(p for p in (pad_token_id, stop_id, self.config.pad_token_id, 0) if p is not None)
+        rows = [torch.tensor(output.token_ids) for output in outputs]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+    def _requests(
+        self,
+        caller: str,
+        prompts: Prompts,
+        attention_mask: Tensor | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        options: dict[str, Any],
+    ) -> list[Request]:
+        token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
+        return build_requests(caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler)
+
+    def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
+        """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
+        try:
+            self._enqueue(requests)
+            unfinished = requests
+            while unfinished:
+                self.step()
+                for request in unfinished:
+                    while request.events:
+                        yield request.events.popleft()
+                unfinished = [request for request in unfinished if not request.finished or request.events]
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self._finish(request, "abort")
+
+    def _enqueue(self, requests: list[Request]) -> None:
+        """Queue requests; samples of one prompt go together, the first with the others as followers, in groups that fit a batch."""
+        leader: Request | None = None
+        for request in requests:
+            same_prompt = leader is not None and request.prompt_index == leader.prompt_index
+            if leader is not None and same_prompt and 1 + len(leader.followers) < self.scheduler.max_batch_size:
+                leader.followers.append(request)
+            else:
+                leader = request
+                self.scheduler.add(leader)
+
+    def step(self) -> None:
+        """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
+        plan = self.scheduler.plan()
+        if not plan.sequences:
+            return
+        try:
+            logits = self.runner.run(plan)
+        except BaseException:
+            # Nothing of this step is in the cache for certain, block copies included: all running requests start over from their tokens.
+            self.scheduler.preempt_running()
+            raise
+        self.num_steps += 1
+        self.scheduler.commit(plan)
+        if logits is None:
+            return
+        rows = plan.rows
+        result = sample_rows(self.ops, logits, rows)
+        drawn = zip(rows, result.tokens.tolist(), result.logprobs.tolist(), result.status.tolist(), strict=True)
+        for request, token, logprob, status in drawn:
+            if status:
+                self._finish(request, "error", error=failure(status, len(request.tokens)))
+            else:
+                self._advance(request, token, logprob)
+
+    def _advance(self, request: Request, token: int, logprob: float) -> None:
+        """Append a drawn token, settle its text, and end the request where it ends."""
+        request.append(token, logprob)
+        text, matched = "", None
+        ended = token in request.end_token_ids
+        if request.text_state is not None and not ended:
+            text, matched = request.text_state.feed(token)
+        if ended:
+            self._finish(request, "stop", stop_reason=token, token=token)
+        elif matched is not None:
+            self._finish(request, "stop", stop_reason=matched, token=token, text=text)
+        elif request.num_new_tokens == request.max_new_tokens:
+            self._finish(request, "length", token=token, text=text)
+        else:
+            request.events.append(StreamEvent(request.prompt_index, request.index, [token], text))
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        token: int | None = None,
+        text: str = "",
+    ) -> None:
+        whole = None
+        if request.text_state is not None:
+            if not isinstance(stop_reason, str):  # after a stop string no text may follow
+                rest, matched = request.text_state.flush()
+                text += rest
+                if matched is not None and reason == "length":
+                    reason, stop_reason = "stop", matched
+            whole = request.text_state.text
+        output = request.finish(reason, text=whole, stop_reason=stop_reason, error=error)
+        tokens = [] if token is None else [token]
+        request.events.append(StreamEvent(request.prompt_index, request.index, tokens, text, output))
+        self.scheduler.remove(request)

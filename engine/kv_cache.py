@@ -1,0 +1,104 @@
+"""The tensors behind the blocks: keys and values of every layer, in the layout the kernels read."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+# The cache takes memory as it fills; by default it may come to this share of what is free.
+DEFAULT_SHARE = 0.25
+SUB_BLOCK = 16  # tokens whose keys lie side by side (kernels/api.py)
+
+
+class KVCache:
+    """Paged keys and values of all layers.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: the model's.
+        num_blocks: blocks of ``block_size`` tokens; each exists once per layer.
+        block_size: a positive multiple of 16.
+        dtype: ``torch.float32`` or ``torch.bfloat16``.
+
+    Memory is reserved at once and, on a CPU, taken page by page as blocks are first written.
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"kv_dtype is {dtype}; the cache can hold torch.float32 or torch.bfloat16")
+        sub_blocks = block_size // SUB_BLOCK
+        self._keys = torch.empty(num_layers, num_blocks, num_kv_heads, sub_blocks, head_dim, SUB_BLOCK, dtype=dtype)
+        self._values = torch.empty(num_layers, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+        # Views made once: indexing a tensor in the hot path costs more than a list does.
+        self._key_layers = list(self._keys.unbind(0))
+        self._value_layers = list(self._values.unbind(0))
+
+    def key(self, layer: int) -> Tensor:
+        """``[num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``"""
+        return self._key_layers[layer]
+
+    def value(self, layer: int) -> Tensor:
+        """``[num_blocks, num_kv_heads, block_size, head_dim]``"""
+        return self._value_layers[layer]
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks ``(source, destination)`` in every layer."""
+        if not copies:
+            return
+        sources, destinations = (torch.tensor(ids) for ids in zip(*copies, strict=True))
+        for tensor in (self._keys, self._values):
+            tensor[:, destinations] = tensor[:, sources]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self._keys.nbytes + self._values.nbytes
+
+
+def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be taken without swapping, or a careful guess where the system does not say."""
+    try:
+        with open("/proc/meminfo") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 4 << 30
+
+
+def size_cache(cache_tokens: int | None, wanted_tokens: int, block_size: int, bytes_per_block: int) -> int:
+    """How many blocks the cache gets: room for ``cache_tokens``, or for ``wanted_tokens`` as far as memory allows.
+
+    Raises ``ValueError`` for less than one block and ``MemoryError`` where memory does not suffice.
+    """
+    available = available_memory()
+    if cache_tokens is None:
+        budget = int(available * DEFAULT_SHARE)
+        if budget < bytes_per_block:
+            raise MemoryError(
+                f"one cache block of {block_size} tokens takes {bytes_per_block} bytes, and the cache may take {budget}, a quarter of "
+                "what is free; free memory or choose a smaller block_size"
+            )
+        return min(-(-wanted_tokens // block_size), budget // bytes_per_block)
+    num_blocks = cache_tokens // block_size
+    if num_blocks < 1:
+        raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one block of {block_size} tokens")
+    if num_blocks * bytes_per_block > available:
+        raise MemoryError(
+            f"cache_tokens is {cache_tokens}, which takes {num_blocks * bytes_per_block} bytes; {available} are free, enough for "
+            f"{available // bytes_per_block * block_size} tokens"
+        )
+    return num_blocks

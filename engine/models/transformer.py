@@ -1,0 +1,92 @@
+"""The one decoder-only transformer: every supported family is a ``ModelConfig`` of it.
+
+Pre-norm residual blocks (RMSNorm, Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al.
+2023) over a paged cache, SwiGLU (Shazeer 2020). It is a plain class over the owner's tensors, not an ``nn.Module``: nothing is copied,
+so a change to a live model's weights is seen by the next step.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..kernels.registry import Ops
+from .batch import StepBatch
+from .config import ModelConfig
+from .rope import rope_tables
+from .weights import ModelWeights
+
+
+class Cache(Protocol):
+    """What forward needs of a KV cache: each layer's tensors in the layout of ``kernels/api.py``."""
+
+    def key(self, layer: int) -> Tensor: ...
+
+    def value(self, layer: int) -> Tensor: ...
+
+
+class Transformer:
+    """A model ready to run.
+
+    Args:
+        config: sizes and options.
+        weights: the tensors, ``[out, in]`` row-major, fp32, bf16 or fp16; read where they lie.
+        ops: the kernels (``engine.kernels.select``).
+
+    Activations are float32 whatever the weights' dtype.
+    """
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype (the embedding's, where they differ)."""
+        return self.weights.embedding.dtype
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights a step reads at least once: everything but the embedding table, of which it reads single rows."""
+        weights = self.weights
+        tensors = [weights.final_norm, weights.head]
+        for layer in weights.layers:
+            for part in vars(layer).values():
+                tensors += part if isinstance(part, tuple) else [] if part is None else [part]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @torch.no_grad()  # the weights may be Parameters that want gradients
+    def forward(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """Run the T tokens of a step and write their keys and values into ``cache``.
+
+        Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns the final hidden states, final
+        norm applied: float32 ``[T, hidden_size]``.
+        """
+        config, ops = self.config, self.ops
+        linear, rms_norm, eps = ops.linear, ops.rms_norm, config.norm_eps
+        interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
+        x = ops.embed(batch.tokens, self.weights.embedding)
+        for i, layer in enumerate(self.weights.layers):
+            key, value = cache.key(i), cache.value(i)
+            qkv = linear(rms_norm(x, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
+            q = ops.rope_append(
+                qkv, batch.positions, batch.slots, self.cos, self.sin, key, value, num_heads=config.num_heads,
+                interleaved=interleaved, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps,
+            )  # fmt: skip
+            attended = ops.paged_attention(
+                q, key, value, batch.block_table, batch.query_start, batch.context_len, scale=scale, window=config.windows[i]
+            )
+            # x is this call's own tensor, so the sum may be written over it
+            linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
+            gate_up = linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, layer.gate_up_bias)
+            linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x, out=x)
+        return rms_norm(x, self.weights.final_norm, eps)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head on rows of ``forward``'s result: float32 ``[R, H]`` -> float32 ``[R, vocab_size]``."""
+        return self.ops.linear(hidden, (self.weights.head,))

@@ -1,0 +1,224 @@
+"""The tensors of a Transformer in their owner's storage, and fitting a checkpoint's tensors to a config: names, shapes, dtypes."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import ModelConfig
+from .readers import WEIGHT_DTYPES
+
+logger = logging.getLogger("engine.models")
+
+SHOWN = 5  # tensor names listed per kind of mismatch
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer. ``qkv`` and ``gate_up`` hold one matrix (a fused checkpoint) or one per part, in that order."""
+
+    attention_norm: Tensor  # [H]
+    qkv: tuple[Tensor, ...]  # rows: num_heads * D, num_kv_heads * D, num_kv_heads * D
+    qkv_bias: tuple[Tensor, ...] | None
+    out: tuple[Tensor, ...]  # one, [H, num_heads * D]
+    out_bias: tuple[Tensor, ...] | None
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    ffn_norm: Tensor  # [H]
+    gate_up: tuple[Tensor, ...]  # rows: F, F
+    gate_up_bias: tuple[Tensor, ...] | None
+    down: tuple[Tensor, ...]  # one, [H, F]
+    down_bias: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All tensors of a model, row-major ``[out, in]``, fp32, bf16 or fp16. ``head is embedding`` where the head is tied."""
+
+    embedding: Tensor  # [V, H]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [H]
+    head: Tensor  # [V, H]
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a checkpoint calls its tensors, without ``.weight`` and ``.bias``; ``{i}`` stands for the layer."""
+
+    embedding: str
+    final_norm: str
+    head: str
+    attention_norm: str
+    qkv: tuple[str, ...]
+    out: str
+    ffn_norm: str
+    gate_up: tuple[str, ...]
+    down: str
+    q_norm: str = ""
+    k_norm: str = ""
+    ignored: str = r"(?!)"  # regular expression of tensors that hold nothing to load: tables, masks
+
+
+def expected_shapes(config: ModelConfig, names: Names) -> dict[str, tuple[int, ...]]:
+    """Full name and shape of every tensor a checkpoint of this config holds."""
+    hidden, ffn = config.hidden_size, config.ffn_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def matrix(stem: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{stem}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{stem}.bias"] = (rows,)
+
+    matrix(names.embedding, config.vocab_size, hidden, False)
+    for i in range(config.num_layers):
+        shapes[names.attention_norm.format(i=i) + ".weight"] = (hidden,)
+        rows = [queries, keys, keys] if len(names.qkv) == 3 else [queries + 2 * keys]
+        for stem, n in zip(names.qkv, rows, strict=True):
+            matrix(stem.format(i=i), n, hidden, config.qkv_bias)
+        if config.qk_norm:
+            shapes[names.q_norm.format(i=i) + ".weight"] = (config.head_dim,)
+            shapes[names.k_norm.format(i=i) + ".weight"] = (config.head_dim,)
+        matrix(names.out.format(i=i), hidden, queries, config.out_bias)
+        shapes[names.ffn_norm.format(i=i) + ".weight"] = (hidden,)
+        for stem in names.gate_up:
+            matrix(stem.format(i=i), 2 * ffn // len(names.gate_up), hidden, config.mlp_bias)
+        matrix(names.down.format(i=i), hidden, ffn, config.mlp_bias)
+    shapes[f"{names.final_norm}.weight"] = (hidden,)
+    matrix(names.head, config.vocab_size, hidden, False)
+    return shapes
+
+
+class Assembler:
+    """Takes the tensors of one checkpoint, checks each, and builds ``ModelWeights``.
+
+    Args:
+        config, names: what to expect.
+        tensors: by clean name (``clean_name``); only looked up by name, so a lazy mapping reads nothing too early.
+        origin: words for messages, e.g. the path.
+        dtype: convert every tensor to it, one at a time; None keeps each as it is, in its owner's storage.
+    """
+
+    def __init__(self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None) -> None:
+        self._config, self._names, self._tensors, self._origin, self._dtype = config, names, tensors, origin, dtype
+        self._progress: tqdm[object] | None = None
+
+    def build(self) -> ModelWeights:
+        """The weights. ``ValueError`` lists missing, unknown and misshapen tensors, or names one whose dtype cannot be read."""
+        shapes = expected_shapes(self._config, self._names)
+        head = f"{self._names.head}.weight"
+        if self._config.tied_head and head not in self._tensors:
+            del shapes[head]
+        self._check(shapes)
+        # Nothing is read yet from a memory-mapped file, so a bar appears only where a conversion takes its time.
+        with tqdm(total=len(shapes), desc=f"loading {self._origin}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
+            embedding = self._weight(self._names.embedding)
+            layers = tuple(self._layer(i) for i in range(self._config.num_layers))
+            return ModelWeights(embedding, layers, self._weight(self._names.final_norm), self._head(embedding))
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        for name in shapes:
+            if name in self._tensors:
+                self._check_readable(name, self._tensors[name])
+        found = {name: tuple(self._tensors[name].shape) for name in shapes if name in self._tensors}
+        problems = [
+            *_listed("missing", (f"{name} {list(shapes[name])}" for name in shapes if name not in found)),
+            *_listed(
+                "of another shape",
+                (f"{name} expected {list(shapes[name])}, found {list(found[name])}" for name in found if found[name] != shapes[name]),
+            ),
+            *_listed(
+                "unknown",
+                (
+                    f"{name} {list(self._tensors[name].shape)}"
+                    for name in self._tensors
+                    if name not in shapes and not re.fullmatch(self._names.ignored, name)
+                ),
+            ),
+        ]
+        if problems:
+            raise ValueError(f"{self._origin} does not hold a {self._config.family} model of its config: " + "; ".join(problems))
+
+    def _check_readable(self, name: str, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{self._origin}: {name} is on device {tensor.device}: not yet; move the model to the CPU first")
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise ValueError(f"{self._origin}: {name} is a {type(tensor).__name__} ({tensor.layout}); only plain dense tensors can be read")
+        convertible = self._dtype is not None and tensor.dtype == torch.float64
+        if tensor.dtype not in WEIGHT_DTYPES.values() and not convertible:
+            remedy = "pass dtype= to convert it" if tensor.dtype == torch.float64 else "quantised weights are not supported"
+            raise ValueError(f"{self._origin}: {name} has dtype {tensor.dtype}; allowed are {', '.join(WEIGHT_DTYPES)}; {remedy}")
+
+    def _layer(self, i: int) -> LayerWeights:
+        config, names = self._config, self._names
+
+        def weights(stems: tuple[str, ...]) -> tuple[Tensor, ...]:
+            parts = tuple(self._weight(stem.format(i=i)) for stem in stems)
+            if len({part.dtype for part in parts}) > 1:
+                found = ", ".join(f"{stem.format(i=i)} {part.dtype}" for stem, part in zip(stems, parts, strict=True))
+                raise ValueError(f"{self._origin}: these must have one dtype: {found}; pass dtype= to convert them")
+            return parts
+
+        def biases(wanted: bool, stems: tuple[str, ...]) -> tuple[Tensor, ...] | None:
+            return tuple(self._take(f"{stem.format(i=i)}.bias") for stem in stems) if wanted else None
+
+        return LayerWeights(
+            attention_norm=self._weight(names.attention_norm.format(i=i)),
+            qkv=weights(names.qkv),
+            qkv_bias=biases(config.qkv_bias, names.qkv),
+            out=weights((names.out,)),
+            out_bias=biases(config.out_bias, (names.out,)),
+            q_norm=self._weight(names.q_norm.format(i=i)) if config.qk_norm else None,
+            k_norm=self._weight(names.k_norm.format(i=i)) if config.qk_norm else None,
+            ffn_norm=self._weight(names.ffn_norm.format(i=i)),
+            gate_up=weights(names.gate_up),
+            gate_up_bias=biases(config.mlp_bias, names.gate_up),
+            down=weights((names.down,)),
+            down_bias=biases(config.mlp_bias, (names.down,)),
+        )
+
+    def _head(self, embedding: Tensor) -> Tensor:
+        """The embedding itself where the two are one tensor, or equal in a checkpoint that declares them tied and stores both."""
+        name = f"{self._names.head}.weight"
+        if name not in self._tensors:
+            return embedding
+        head, source = self._tensors[name], self._tensors[f"{self._names.embedding}.weight"]
+        if head.data_ptr() == source.data_ptr() and head.dtype == source.dtype:
+            return embedding
+        if self._config.tied_head:
+            if torch.equal(head, source):
+                return embedding
+            logger.warning("%s: its config ties the head to the embedding but the two tensors differ; both are used", self._origin)
+        return self._take(name)
+
+    def _weight(self, stem: str) -> Tensor:
+        return self._take(f"{stem}.weight")
+
+    def _take(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if self._dtype is not None and tensor.dtype != self._dtype:
+            tensor = tensor.detach().to(self._dtype).contiguous()
+        elif not tensor.is_contiguous():
+            logger.warning("%s: %s is not contiguous and is copied; later changes to the original are not seen", self._origin, name)
+            tensor = tensor.detach().contiguous()
+        if self._progress is not None:
+            self._progress.update()
+        return tensor
+
+
+def _listed(kind: str, entries: Iterator[str]) -> list[str]:
+    """One phrase counting the entries and showing the first few, or nothing."""
+    found = list(entries)
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return [f"{len(found)} {kind}: {', '.join(found[:SHOWN])}{more}"] if found else []
+
+
+def clean_name(name: str) -> str:
+    """A tensor's name without what torch.compile (``_orig_mod.``) and data-parallel wrappers (leading ``module.``) add."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -1,0 +1,62 @@
+"""From a plan to rows of logits: builds the step's tensors and runs the model once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kv_cache import KVCache
+from .models.batch import StepBatch
+from .models.transformer import Transformer
+from .scheduler import StepPlan
+
+
+class Runner:
+    """Runs plans of one model over one cache."""
+
+    def __init__(self, model: Transformer, cache: KVCache, block_size: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.block_size = block_size
+
+    def run(self, plan: StepPlan) -> Tensor | None:
+        """Compute the plan's tokens; logits float32 ``[R, V]`` of ``plan.rows``, or None if no row needs any."""
+        self.cache.copy_blocks(plan.copies)
+        batch = self._batch(plan)
+        hidden = self.model.forward(batch, self.cache)
+        if batch.logit_rows.numel() == 0:
+            return None
+        if batch.logit_rows.numel() != hidden.shape[0]:
+            hidden = hidden.index_select(0, batch.logit_rows)
+        return self.model.logits(hidden)
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        query_start = [0]
+        context_len: list[int] = []
+        logit_rows: list[int] = []
+        size = self.block_size
+        width = max(len(s.request.block_table) for s in plan.sequences)
+        tables: list[list[int]] = []
+        for sequence in plan.sequences:
+            request, start, end = sequence.request, sequence.start, sequence.start + sequence.num_tokens
+            table = request.block_table
+            tokens += request.tokens[start:end]
+            positions += range(start, end)
+            slots += [table[i // size] * size + i % size for i in range(start, end)]
+            query_start.append(len(tokens))
+            context_len.append(end)
+            tables.append(table + [0] * (width - len(table)))
+            # Followers draw from the leader's row of logits: the same index once more for each.
+            logit_rows += [len(tokens) - 1] * len(sequence.rows)
+        return StepBatch(
+            tokens=torch.tensor(tokens, dtype=torch.int32),
+            positions=torch.tensor(positions, dtype=torch.int32),
+            slots=torch.tensor(slots, dtype=torch.int32),
+            query_start=torch.tensor(query_start, dtype=torch.int32),
+            context_len=torch.tensor(context_len, dtype=torch.int32),
+            block_table=torch.tensor(tables, dtype=torch.int32),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        )

@@ -1,0 +1,55 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+
+class Tokenizer:
+    """A tokenizer from a ``tokenizer.json`` (or its folder), a ``tokenizers.Tokenizer`` or a fast tokenizer of transformers."""
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, tokenizers.Tokenizer):
+            self._tokenizer = source
+        elif isinstance(getattr(source, "backend_tokenizer", None), tokenizers.Tokenizer):
+            self._tokenizer = source.backend_tokenizer
+        elif isinstance(source, (str, Path)):
+            path = Path(source)
+            path = path / "tokenizer.json" if path.is_dir() else path
+            if not path.is_file():
+                raise FileNotFoundError(f"tokenizer {str(source)!r} not found: there is no file {path}")
+            try:
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises bare Exception
+                raise ValueError(f"tokenizer file {path} cannot be read: {error}") from None
+        else:
+            raise TypeError(
+                f"tokenizer is a {type(source).__name__}; it must be a path, a tokenizers.Tokenizer or a fast transformers tokenizer"
+            )
+        if self._tokenizer.padding is not None or self._tokenizer.truncation is not None:
+            # Prompts are never padded or cut here, whatever the file asks for; the caller's own object keeps its settings.
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens the tokenizer's own file adds."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stream_decoder(self) -> Callable[[int], str | None]:
+        """A function from the next id to the text it settles, or None while a character is still incomplete."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token: stream.step(self._tokenizer, token)

@@ -1,0 +1,230 @@
+"""Argument checks shared by the backends: one clear ``ValueError`` or ``TypeError`` that names the argument and what it was.
+
+They run about a hundred times per decode step, so they are plain comparisons. Indices inside tensors (slots, block tables, token ids)
+are checked by each backend where it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (torch.float32, torch.bfloat16)
+_F32 = (torch.float32,)
+_I32 = (torch.int32,)
+SUB_BLOCK = 16  # tokens that lie side by side in the key cache
+
+
+def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in allowed:
+        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in allowed)}, got {t.dtype}")
+
+
+def _contiguous(name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {tuple(t.shape)} with strides {t.stride()}")
+
+
+def _shape(name: str, t: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if t.shape != expected:
+        raise ValueError(f"{name} must have shape {meaning} = {expected}, got {tuple(t.shape)}")
+
+
+def _plain(name: str, t: Tensor, allowed: tuple[torch.dtype, ...], dims: int, meaning: str) -> None:
+    """Check dtype, number of dimensions and contiguity."""
+    _dtype(name, t, allowed)
+    if t.dim() != dims:
+        raise ValueError(f"{name} must have shape {meaning}, got {tuple(t.shape)}")
+    if not t.is_contiguous():
+        _contiguous(name, t)
+
+
+def _device(first: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    device = first.device
+    for name, t in others:
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device} while the first argument is on {device}")
+
+
+def embed(tokens: Tensor, table: Tensor) -> None:
+    _plain("tokens", tokens, _I32, 1, "[T]")
+    _plain("table", table, WEIGHT_DTYPES, 2, "[V, H]")
+    _device(tokens, (("table", table),))
+
+
+def linear(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor | None
+) -> int:
+    """Check the arguments of ``linear`` and return the width of its result."""
+    _dtype("x", x, _F32)
+    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
+    if not weights:
+        raise ValueError("weights must hold at least one matrix, got none")
+    if biases is not None and len(biases) != len(weights):
+        raise ValueError(f"biases must match weights one to one, got {len(biases)} for {len(weights)}")
+    width = 0
+    for i, w in enumerate(weights):
+        _plain(f"weights[{i}]", w, WEIGHT_DTYPES, 2, "[N, K]")
+        if w.dtype != weights[0].dtype:
+            raise TypeError(f"weights[{i}] must have the dtype of weights[0], {weights[0].dtype}, got {w.dtype}")
+        if w.shape[1] != x.shape[1]:
+            raise ValueError(f"weights[{i}] must have shape [N, K] with K = {x.shape[1]}, got {tuple(w.shape)}")
+        b = None if biases is None else biases[i]
+        if b is not None:
+            _dtype(f"biases[{i}]", b, (w.dtype, torch.float32))
+            _shape(f"biases[{i}]", b, (w.shape[0],), "[N]")
+            _contiguous(f"biases[{i}]", b)
+        _device(x, ((f"weights[{i}]", w), (f"biases[{i}]", b)))
+        width += w.shape[0]
+    for name, t in (("residual", residual), ("out", out)):
+        if t is not None:
+            _dtype(name, t, _F32)
+            _shape(name, t, (x.shape[0], width), "[M, sum N]")
+            _contiguous(name, t)
+    _device(x, (("residual", residual), ("out", out)))
+    return width
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> None:
+    _plain("x", x, _F32, 2, "[M, H]")
+    _dtype("weight", weight, WEIGHT_DTYPES)
+    _shape("weight", weight, (x.shape[1],), "[H]")
+    _contiguous("weight", weight)
+    _device(x, (("weight", weight),))
+
+
+def silu_mul(x: Tensor) -> None:
+    _plain("x", x, _F32, 2, "[M, 2F]")
+    if x.shape[1] % 2:
+        raise ValueError(f"x must have shape [M, 2F], got {tuple(x.shape)}")
+
+
+class CacheShape(NamedTuple):
+    num_blocks: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+
+
+def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
+    """Check the two caches against each other and return their sizes."""
+    _plain("key_cache", key_cache, CACHE_DTYPES, 5, "[num_blocks, num_kv_heads, block_size / 16, head_dim, 16]")
+    num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
+    if lanes != SUB_BLOCK:
+        raise ValueError(
+            f"key_cache must have shape [num_blocks, num_kv_heads, block_size / 16, head_dim, 16], got {tuple(key_cache.shape)}"
+        )
+    if head_dim % 8 or not 8 <= head_dim <= 256:
+        raise ValueError(f"head_dim must be a multiple of 8 in 8..256, got {head_dim} in key_cache {tuple(key_cache.shape)}")
+    if num_kv_heads < 1 or sub_blocks < 1:
+        raise ValueError(f"key_cache must have at least one KV head and one sub-block, got {tuple(key_cache.shape)}")
+    block_size = sub_blocks * SUB_BLOCK
+    _dtype("value_cache", value_cache, (key_cache.dtype,))
+    expected = (num_blocks, num_kv_heads, block_size, head_dim)
+    if value_cache.shape != expected:
+        _shape("value_cache", value_cache, expected, "[num_blocks, num_kv_heads, block_size, head_dim]")
+    _contiguous("value_cache", value_cache)
+    return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
+
+
+def _heads(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a positive multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+
+
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+) -> CacheShape:
+    sizes = cache(key_cache, value_cache)
+    head_dim = sizes.head_dim
+    _heads(num_heads, sizes.num_kv_heads)
+    _plain("qkv", qkv, _F32, 2, "[T, (num_heads + 2 * num_kv_heads) * head_dim]")
+    tokens = qkv.shape[0]
+    if qkv.shape[1] != (num_heads + 2 * sizes.num_kv_heads) * head_dim:
+        width = (num_heads + 2 * sizes.num_kv_heads) * head_dim
+        _shape("qkv", qkv, (tokens, width), "[T, (num_heads + 2 * num_kv_heads) * head_dim]")
+    for name, t in (("positions", positions), ("slots", slots)):
+        _plain(name, t, _I32, 1, "[T]")
+        if t.shape[0] != tokens:
+            _shape(name, t, (tokens,), "[T]")
+    for name, t in (("cos", cos), ("sin", sin)):
+        _plain(name, t, _F32, 2, "[max_position, rot / 2]")
+        if t.shape[1] * 2 > head_dim:
+            raise ValueError(f"{name} must have shape [max_position, rot / 2] with rot <= head_dim = {head_dim}, got {tuple(t.shape)}")
+    if cos.shape != sin.shape:
+        _shape("sin", sin, tuple(cos.shape), "the shape of cos")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError(f"q_norm and k_norm must both be given or both be None, got {type(q_norm).__name__} and {type(k_norm).__name__}")
+    if q_norm is not None and k_norm is not None:
+        for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+            _plain(name, t, WEIGHT_DTYPES, 1, "[head_dim]")
+            _shape(name, t, (head_dim,), "[head_dim]")
+        if q_norm.dtype != k_norm.dtype:
+            raise TypeError(f"k_norm must have the dtype of q_norm, {q_norm.dtype}, got {k_norm.dtype}")
+    _device(
+        qkv,
+        (
+            ("positions", positions),
+            ("slots", slots),
+            ("cos", cos),
+            ("sin", sin),
+            ("key_cache", key_cache),
+            ("value_cache", value_cache),
+            ("q_norm", q_norm),
+            ("k_norm", k_norm),
+        ),
+    )
+    return sizes
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    window: int,
+) -> CacheShape:
+    sizes = cache(key_cache, value_cache)
+    _plain("q", q, _F32, 3, "[T, num_heads, head_dim]")
+    if q.shape[2] != sizes.head_dim:
+        raise ValueError(f"q must have shape [T, num_heads, head_dim] with head_dim = {sizes.head_dim}, got {tuple(q.shape)}")
+    _heads(q.shape[1], sizes.num_kv_heads)
+    _plain("block_table", block_table, _I32, 2, "[S, max_blocks]")
+    _plain("query_start", query_start, _I32, 1, "[S + 1]")
+    _plain("context_len", context_len, _I32, 1, "[S]")
+    sequences = context_len.shape[0]
+    if query_start.shape[0] != sequences + 1:
+        _shape("query_start", query_start, (sequences + 1,), "[S + 1]")
+    if block_table.shape[0] != sequences:
+        raise ValueError(f"block_table must have shape [S, max_blocks] with S = {sequences}, got {tuple(block_table.shape)}")
+    if window < 0:
+        raise ValueError(f"window must be >= 0 (0: the whole context), got {window}")
+    _device(
+        q,
+        (
+            ("key_cache", key_cache),
+            ("value_cache", value_cache),
+            ("block_table", block_table),
+            ("query_start", query_start),
+            ("context_len", context_len),
+        ),
+    )
+    return sizes

@@ -1,0 +1,164 @@
+"""The oracle: every op in plain PyTorch, float32, on any device. Written to be read, not to be fast; contracts in ``api``.
+
+It also serves machines without a compiler. Attention walks its rows one by one, so that a row never depends on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .reference_sample import sample
+
+__all__ = ["embed", "linear", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable"]
+
+
+def unavailable(device_type: str) -> str | None:
+    """PyTorch serves every device."""
+    return None
+
+
+def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ``ValueError`` unless all of ``values`` lie in ``[low, high)``."""
+    bad = (values < low) | (values >= high)
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name} must hold values in [{low}, {high}), got {int(values[where])} at {where}")
+
+
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    checks.embed(tokens, table)
+    _check_range("tokens", tokens, 0, table.shape[0])
+    return table[tokens.long()].float()
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    checks.linear(x, weights, biases, residual, out)
+    parts = []
+    for i, weight in enumerate(weights):
+        part = x @ weight.float().T
+        bias = None if biases is None else biases[i]
+        parts.append(part if bias is None else part + bias.float())
+    y = torch.cat(parts, dim=1)
+    if residual is not None:
+        y = y + residual
+    return y if out is None else out.copy_(y)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    checks.rms_norm(x, weight)
+    return _normalise(x, weight, eps)
+
+
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the pairs of ``x [T, heads, D]`` by the angles of ``cos, sin [T, rot / 2]``; components past ``rot`` pass."""
+    half = cos.shape[1]
+    turned, passed = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    c, s = cos[:, None, :], sin[:, None, :]
+    pair = (first * c - second * s, second * c + first * s)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, passed), dim=-1)
+
+
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    num_heads: int,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    sizes = checks.rope_append(qkv, positions, slots, cos, sin, key_cache, value_cache, num_heads, q_norm, k_norm)
+    _check_range("positions", positions, 0, cos.shape[0])
+    _check_range("slots", slots, -1, sizes.num_blocks * sizes.block_size)
+    heads = qkv.view(qkv.shape[0], num_heads + 2 * sizes.num_kv_heads, sizes.head_dim)
+    q, k, v = heads.split((num_heads, sizes.num_kv_heads, sizes.num_kv_heads), dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = _normalise(q, q_norm, norm_eps), _normalise(k, k_norm, norm_eps)
+    c, s = cos[positions.long()], sin[positions.long()]
+    q, k = _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+
+    kept = slots >= 0
+    slot = slots[kept].long()
+    block, offset = slot // sizes.block_size, slot % sizes.block_size
+    key_cache[block, :, offset // checks.SUB_BLOCK, :, offset % checks.SUB_BLOCK] = k[kept].to(key_cache.dtype)
+    value_cache[block, :, offset] = v[kept].to(value_cache.dtype)
+    return q.contiguous()
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    sizes = checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
+    start, context = query_start.tolist(), context_len.tolist()
+    _check_batch(start, context, q.shape[0], block_table.shape[1] * sizes.block_size)
+    num_heads, head_dim = q.shape[1], q.shape[2]
+    out = torch.empty_like(q)
+    for s, length in enumerate(context):
+        queries = start[s + 1] - start[s]
+        if queries == 0:
+            continue
+        oldest = max(0, length - queries + 1 - window) if window else 0  # that any row of this sequence sees
+        first_block = oldest // sizes.block_size
+        blocks = block_table[s, first_block : -(-length // sizes.block_size)]
+        _check_range(f"block_table[{s}, {first_block}:]", blocks, 0, sizes.num_blocks)
+        blocks = blocks.long()
+        # [blocks, Hk, sub-blocks, D, 16] -> [Hk, tokens, D]
+        keys = key_cache[blocks].permute(1, 0, 2, 4, 3).reshape(sizes.num_kv_heads, -1, head_dim).float()
+        values = value_cache[blocks].transpose(0, 1).reshape(sizes.num_kv_heads, -1, head_dim).float()
+        for i in range(queries):
+            end = length - queries + i + 1
+            first = max(0, end - window) if window else 0
+            seen = slice(first - first_block * sizes.block_size, end - first_block * sizes.block_size)
+            grouped = q[start[s] + i].view(sizes.num_kv_heads, num_heads // sizes.num_kv_heads, head_dim)
+            scores = grouped @ keys[:, seen].transpose(1, 2) * scale
+            out[start[s] + i] = (scores.softmax(dim=-1) @ values[:, seen]).view(num_heads, head_dim)
+    return out
+
+
+def _check_batch(start: list[int], context: list[int], rows: int, capacity: int) -> None:
+    """The ragged batch must cover the query rows in order, and each sequence fit its blocks."""
+    if start[0] != 0 or start[-1] != rows:
+        raise ValueError(f"query_start must run from 0 to the {rows} rows of q, got {start[0]} to {start[-1]}")
+    for s, length in enumerate(context):
+        queries = start[s + 1] - start[s]
+        if queries < 0:
+            raise ValueError(f"query_start must not decrease, got {start[s]} then {start[s + 1]} at sequence {s}")
+        if not queries <= length <= capacity:
+            raise ValueError(f"context_len[{s}] must be in [{queries} queries, {capacity} slots of block_table], got {length}")
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    checks.silu_mul(x)
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up

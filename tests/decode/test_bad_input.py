@@ -1,0 +1,104 @@
+"""Bad input: one sentence naming the argument, its value and what is allowed, before any work; the decoder stays usable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import Decoder, SamplingParams
+
+CALLS = [
+    ((""), {}, ValueError, "prompt 0 is empty"),
+    (([]), {}, ValueError, "prompts is an empty list"),
+    (([[5], []]), {}, ValueError, "prompt 1 is empty"),
+    (([[5], [4096]]), {}, ValueError, "prompt 1 holds token id 4096; the model's vocabulary has ids 0 to 4095"),
+    (([-1]), {}, ValueError, "prompt 0 holds token id -1"),
+    ((7), {}, TypeError, "prompts is a int; it must be a string, a list of strings"),
+    ((None), {}, TypeError, "prompts is a NoneType"),
+    (([5, "a"]), {}, TypeError, "prompt 0 is 5"),
+    (([[5.0]]), {}, TypeError, "prompt 0 is [5.0]"),
+    ((torch.tensor([[1.0]])), {}, TypeError, "prompts is a tensor of torch.float32"),
+    ((torch.tensor([[True]])), {}, TypeError, "prompts is a tensor of torch.bool"),
+    ((torch.zeros(1, 1, 1, dtype=torch.long)), {}, ValueError, "prompts is a tensor of shape [1, 1, 1]"),
+    ((torch.zeros(0, 3, dtype=torch.long)), {}, ValueError, "prompts is a tensor of shape [0, 3]"),
+    ((torch.tensor([[5, 6]])), {"attention_mask": torch.ones(1, 3)}, ValueError, "attention_mask has shape [1, 3]"),
+    ((torch.tensor([[5, 6]])), {"attention_mask": torch.zeros(1, 2)}, ValueError, "prompt 0 is empty"),
+    (([[5, 6]]), {"attention_mask": torch.ones(1, 2)}, TypeError, "attention_mask goes with a tensor of prompts"),
+    (([5] * 2048), {}, ValueError, "prompt 0 has 2048 tokens; the model's length of 2048 leaves room for none after it"),
+    (([5] * 2000), {"max_new_tokens": 49}, ValueError, "max_new_tokens is 49; after the 2000 tokens of prompt 0 the model's length of 2048 allows 48"),
+    (([5]), {"temperature": -1.0}, ValueError, "temperature is -1.0"),
+    (([5]), {"top_k": -7}, ValueError, "top_k is -7"),
+    (([5]), {"temprature": 1.0}, TypeError, "did you mean 'temperature'?"),
+    (([5]), {"stop_token_ids": [4096]}, ValueError, "stop_token_ids holds 4096; the model's vocabulary has ids 0 to 4095"),
+    (([5]), {"eos_token_id": 9999}, ValueError, "eos_token_id holds 9999"),
+    (([5]), {"params": SamplingParams(), "seed": 1}, TypeError, "generate() got both params and seed"),
+    (([[5], [6]]), {"params": [SamplingParams()]}, ValueError, "params is a list of 1; with 2 prompts"),
+    (([5]), {"params": [{"seed": 1}]}, ValueError, "it must be as many SamplingParams"),
+    (([5] * 600), {"max_new_tokens": 1000}, ValueError, "needs 100 cache blocks of 16 tokens; the whole cache has 64"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder.bundled(cache_tokens=1024)
+
+
+@pytest.mark.parametrize(("prompts", "options", "error", "words"), CALLS, ids=[words[:40] for *_, words in CALLS])
+def test_one_sentence_before_any_work(decoder: Decoder, prompts, options, error, words):
+    steps = decoder.num_steps
+    with pytest.raises(error) as caught:
+        decoder.generate(prompts, **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    if "params" not in options:
+        with pytest.raises(error):
+            decoder.stream(prompts, **options)  # at the call, not at the first event
+    assert decoder.num_steps == steps and not decoder.scheduler.has_work
+    assert decoder.pool.num_free == decoder.pool.num_blocks
+
+
+def test_the_decoder_stays_usable(decoder: Decoder):
+    assert len(decoder.generate([5, 6], max_new_tokens=3)[0].token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"cache_tokens": 8}, ValueError, "cache_tokens is 8; it must be at least one block of 16 tokens"),
+        ({"cache_tokens": 10**12}, MemoryError, "cache_tokens is 1000000000000, which takes"),
+        ({"block_size": 20}, ValueError, "block_size is 20; it must be a positive multiple of 16"),
+        ({"max_batch_size": 0}, ValueError, "max_batch_size is 0"),
+        ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0"),
+        ({"max_batch_tokens": 2}, ValueError, "max_batch_tokens is 2; it must be at least max_batch_size, which is 64"),
+        ({"kv_dtype": torch.float64}, ValueError, "kv_dtype is torch.float64"),
+        ({"kernels": "fast"}, ValueError, "backend is 'fast'; known backends are auto, cpu, reference"),
+        ({"tokenizer": "nowhere"}, FileNotFoundError, "tokenizer 'nowhere' not found"),
+        ({"tokenizer": 5}, TypeError, "tokenizer is a int"),
+        ({"max_position": 5000}, ValueError, "max_position is 5000"),
+    ],
+)
+def test_a_decoder_that_cannot_be(options, error, words):
+    with pytest.raises(error) as caught:
+        Decoder.bundled(**options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_memory_for_less_than_one_block_is_said(monkeypatch):
+    monkeypatch.setattr("engine.kv_cache.available_memory", lambda: 1000)
+    with pytest.raises(MemoryError, match="one cache block of 16 tokens takes .* bytes, and the cache may take 250"):
+        Decoder.bundled()
+
+
+def test_text_without_a_tokenizer(llama):
+    decoder = Decoder(llama, cache_tokens=256)
+    with pytest.raises(ValueError, match="this decoder has no tokenizer: pass token ids"):
+        decoder.generate("hello")
+    with pytest.raises(ValueError, match="stop is .* but this decoder has no tokenizer; use stop_token_ids"):
+        decoder.generate([5], stop="x")
+    assert decoder.generate([5], max_new_tokens=2)[0].text is None
+
+
+def test_a_model_that_is_none():
+    with pytest.raises(TypeError, match="model is a int"):
+        Decoder(5)
+    with pytest.raises(ValueError, match="model is a Linear"):
+        Decoder(torch.nn.Linear(2, 2))

@@ -1,0 +1,155 @@
+"""The scheduler alone: random schedules keep every invariant, and everyone finishes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.blocks import BlockPool
+from engine.params import SamplingParams
+from engine.request import Request
+from engine.scheduler import Scheduler, StepPlan
+
+
+def make(prompt_len: int, max_new: int, followers: int = 0) -> Request:
+    prompt, params = list(range(prompt_len)), SamplingParams()
+    requests = [
+        Request(prompt=prompt, params=params, seed=0, stream=i, max_new_tokens=max_new, end_token_ids=frozenset())
+        for i in range(1 + followers)
+    ]
+    requests[0].followers = requests[1:]
+    return requests[0]
+
+
+def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | None = None) -> StepPlan:
+    """One step without a model: every row draws token 7."""
+    plan = scheduler.plan()
+    scheduler.check()
+    total = sum(s.num_tokens for s in plan.sequences)
+    assert total <= scheduler.max_batch_tokens
+    assert all(1 <= s.num_tokens <= scheduler.prefill_chunk for s in plan.sequences)
+    scheduler.commit(plan)
+    scheduler.check()
+    for request in plan.rows:
+        request.append(7, 0.0)
+        if request.num_new_tokens == request.max_new_tokens or (rng is not None and rng.random() < finish_early):
+            request.finish("length", text=None)
+            scheduler.remove(request)
+            scheduler.check()
+    return plan
+
+
+def scheduler_of(num_blocks: int, max_batch_size: int = 8, max_batch_tokens: int = 64, prefill_chunk: int = 64) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks, 16), max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, prefill_chunk=prefill_chunk
+    )
+
+
+def test_budgets_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="max_batch_tokens is 4; it must be at least max_batch_size, which is 8"):
+        scheduler_of(4, max_batch_tokens=4)
+    with pytest.raises(ValueError, match="prefill_chunk is 0"):
+        scheduler_of(4, prefill_chunk=0)
+    with pytest.raises(ValueError, match="max_batch_size is 0"):
+        scheduler_of(4, max_batch_size=0)
+
+
+def test_a_request_that_can_never_fit_is_named_with_its_sizes():
+    scheduler = scheduler_of(4)
+    assert scheduler.admissible(60, 5) is None  # 64 tokens are written; the last one drawn never is
+    reason = scheduler.admissible(60, 6)
+    assert reason is not None and "needs 5 cache blocks of 16 tokens" in reason and "has 4" in reason
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    scheduler = scheduler_of(100, max_batch_tokens=32)
+    short, long = make(4, 50), make(300, 5)
+    scheduler.add(short)
+    run(scheduler)
+    scheduler.add(long)
+    for _ in range(9):
+        plan = run(scheduler)
+        assert short in plan.rows  # a token every step while the long prompt is computed in chunks
+        assert [s.num_tokens for s in plan.sequences] == [1, 31]
+
+
+def test_the_youngest_is_preempted_and_resumes():
+    scheduler = scheduler_of(4)
+    first, second = make(30, 30), make(30, 30)
+    for request in (first, second):
+        scheduler.add(request)
+    while not first.finished:
+        run(scheduler)
+    assert first.num_preemptions == 0 and second.num_preemptions > 0
+    while scheduler.has_work:
+        run(scheduler)
+    assert second.finished and second.num_new_tokens == 30
+    assert scheduler.pool.num_free == 4
+
+
+def test_followers_share_the_prompt_and_copy_only_the_last_block():
+    scheduler = scheduler_of(10)
+    leader = make(40, 4, followers=3)
+    scheduler.add(leader)
+    plan = run(scheduler)
+    assert len(plan.rows) == 4
+    assert scheduler.pool.num_free == 10 - 3  # one copy of the prompt for all four
+    plan = run(scheduler)
+    assert len(plan.copies) == 3  # the last to write owns the original
+    assert scheduler.pool.num_free == 10 - 2 - 4
+
+
+def test_a_leader_removed_early_passes_its_followers_on():
+    scheduler = scheduler_of(10)
+    leader = make(40, 2, followers=2)
+    followers = list(leader.followers)
+    scheduler.add(leader)
+    scheduler.remove(leader)
+    scheduler.check()
+    while scheduler.has_work:
+        run(scheduler)
+    assert all(f.finished for f in followers) and not leader.finished
+
+
+@pytest.mark.parametrize("hundred", range(10))
+def test_random_schedules_end_with_every_block_free(hundred: int):
+    """A thousand schedules of admit, append, fork, truncate, preempt, abort and finish."""
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        random_schedule(random.Random(seed))
+
+
+def random_schedule(rng: random.Random) -> None:
+    num_blocks = rng.choice([3, 6, 20])
+    size = rng.choice([1, 3, 8])
+    scheduler = scheduler_of(num_blocks, size, max_batch_tokens=rng.choice([8, 24, 64]), prefill_chunk=rng.choice([1, 5, 64]))
+    everyone: list[Request] = []
+    for _ in range(40):
+        action = rng.random()
+        if action < 0.35:
+            request = make(rng.randint(1, 40), rng.randint(1, 12), followers=rng.choice([0, 0, 0, min(2, size - 1)]))
+            if scheduler.admissible(len(request.prompt), request.max_new_tokens) is None:
+                scheduler.add(request)
+                everyone += [request, *request.followers]
+        elif action < 0.45 and everyone:
+            victim = rng.choice(everyone)  # an abort, at any moment of its life
+            if not victim.finished:
+                victim.finish("abort", text=None)
+                scheduler.remove(victim)
+        elif action < 0.5:
+            scheduler.preempt_running()
+        elif action < 0.6 and scheduler.running:
+            request = rng.choice(scheduler.running)  # speculation will take tokens back like this
+            keep = rng.randint(0, request.num_computed)
+            scheduler.pool.truncate(request.block_table, keep)
+            request.num_computed = keep
+        else:
+            run(scheduler, finish_early=0.1, rng=rng)
+        scheduler.check()
+    for _ in range(2000):
+        if not scheduler.has_work:
+            break
+        run(scheduler)
+    assert all(r.finished for r in everyone)
+    assert scheduler.pool.num_free == num_blocks
+    scheduler.pool.check([])

@@ -1,0 +1,90 @@
+"""Stop strings in text that arrives in pieces: found wherever they fall, never leaked by a letter, never holding back for nothing."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.decode.stop import StopMatcher, TextState
+
+
+def first_stop(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
+    """The law: cut at the earliest beginning; of several there, the longest."""
+    found = [(text.find(s), -len(s), s) for s in stops if s in text]
+    if not found:
+        return text, None
+    at, _, stop = min(found)
+    return text[:at], stop
+
+
+@given(
+    st.lists(st.text("ab\n", max_size=4), max_size=12),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), min_size=1, max_size=3, unique=True),
+)
+def test_settled_text_is_never_taken_back(pieces: list[str], stops: list[str]):
+    matcher = StopMatcher(tuple(stops))
+    emitted, seen, stop = "", "", None
+    for piece in pieces:
+        seen += piece
+        settled, stop = matcher.feed(piece)
+        emitted += settled
+        if stop is not None:
+            break
+        assert not any(s in seen for s in stops)
+        held = seen[len(emitted) :]
+        assert seen.startswith(emitted)
+        # What is held back is a beginning of some stop string, and the longest such tail.
+        assert not held or any(s.startswith(held) for s in stops)
+        assert not any(s.startswith(seen[-n:]) for n in range(len(held) + 1, len(seen) + 1) for s in stops)
+    if stop is None:
+        emitted += matcher.flush()
+        assert emitted == seen
+    else:
+        at = seen.find(stop)
+        assert emitted == seen[:at]
+        # A stop string that is complete ends the request at once, so only those complete by then compete.
+        assert (emitted, stop) == first_stop(seen, tuple(stops))
+
+
+def test_without_stops_everything_passes():
+    matcher = StopMatcher(())
+    assert matcher.feed("abc") == ("abc", None)
+    assert matcher.flush() == ""
+
+
+def byte_decoder():
+    """A stand-in for a byte-level tokenizer: tokens are bytes, text settles when a character is whole."""
+    held = bytearray()
+
+    def step(token: int) -> str | None:
+        held.append(token)
+        try:
+            text = held.decode()
+        except UnicodeDecodeError:
+            return None
+        held.clear()
+        return text
+
+    return step, lambda ids: bytes(ids).decode(errors="replace")
+
+
+def test_half_a_character_waits_and_is_marked_at_the_end():
+    state = TextState(*byte_decoder(), ())
+    pieces = [state.feed(b)[0] for b in "é!".encode()]
+    assert pieces == ["", "é", "!"]
+    assert state.feed("é".encode()[0])[0] == ""
+    assert state.flush() == ("\ufffd", None)
+    assert state.text == "é!\ufffd"
+
+
+def test_a_stop_string_is_cut_from_the_text():
+    state = TextState(*byte_decoder(), ("\n\n",))
+    events = [state.feed(b) for b in b"ab\n\nc"[:4]]
+    assert events == [("a", None), ("b", None), ("", None), ("", "\n\n")]
+    assert state.text == "ab"
+    state = TextState(*byte_decoder(), ("\n\n",))
+    for b in b"ab\n":
+        state.feed(b)
+    assert state.text == "ab"
+    assert state.flush() == ("\n", None)
+    assert state.text == "ab\n"
