@@ -92,7 +92,7 @@ def size_cache(cache_tokens: int | None, wanted_tokens: int, block_size: int, by
                 f"one cache block of {block_size} tokens takes {bytes_per_block} bytes, and the cache may take {budget}, a quarter of "
                 "what is free; free memory or choose a smaller block_size"
             )
-        return min(-(-wanted_tokens // block_size), budget // bytes_per_block)
+        return max(1, min(-(-wanted_tokens // block_size), budget // bytes_per_block))
     num_blocks = cache_tokens // block_size
     if num_blocks < 1:
         raise ValueError(f"cache_tokens is {cache_tokens}; it must be at least one block of {block_size} tokens")

@@ -39,6 +39,12 @@ def describe() -> str:
     return f"{_cpu.num_threads()} threads; instruction set {_cpu.isa()}, of {', '.join(_cpu.supported_isas())}"
 
 
+def _on_cpu(name: str, t: Tensor) -> None:
+    """For the first argument: ``checks`` holds the others to its device."""
+    if not t.is_cpu:
+        raise ValueError(f"{name} is on {t.device}; these kernels run on cpu")
+
+
 # ---- linear ----
 
 
@@ -67,7 +73,93 @@ def linear(
 # ---- embed, rms_norm, rope_append, silu_mul ----
 
 
+def embed(tokens: Tensor, table: Tensor) -> Tensor:
+    checks.embed(tokens, table)
+    _on_cpu("tokens", tokens)
+    vocab, width = table.shape
+    out = table.new_empty((tokens.shape[0], width), dtype=_F32)
+    _cpu.embed(tokens.data_ptr(), tokens.shape[0], table.data_ptr(), _DTYPE[table.dtype], vocab, width, out.data_ptr())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    checks.rms_norm(x, weight)
+    _on_cpu("x", x)
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    _cpu.rms_norm(x.data_ptr(), rows, width, weight.data_ptr(), _DTYPE[weight.dtype], eps, out.data_ptr())
+    return out
+
+
+def rope_append(
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    num_heads: int,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+) -> Tensor:
+    num_blocks, num_kv_heads, block_size, head_dim = checks.rope_append(
+        qkv, positions, slots, cos, sin, key_cache, value_cache, num_heads, q_norm, k_norm
+    )
+    _on_cpu("qkv", qkv)
+    tokens = qkv.shape[0]
+    max_position, half = cos.shape
+    out = qkv.new_empty((tokens, num_heads, head_dim))
+    q_weight, k_weight, norm_dtype = 0, 0, 0
+    if q_norm is not None and k_norm is not None:
+        q_weight, k_weight, norm_dtype = q_norm.data_ptr(), k_norm.data_ptr(), _DTYPE[q_norm.dtype]
+    _cpu.rope_append(
+        qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), key_cache.data_ptr(),
+        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _DTYPE[key_cache.dtype], norm_dtype, tokens, max_position,
+        num_blocks, num_heads, num_kv_heads, head_dim, half, block_size, norm_eps, interleaved,
+    )  # fmt: skip
+    return out
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    checks.silu_mul(x)
+    _on_cpu("x", x)
+    rows, width = x.shape
+    out = x.new_empty((rows, width // 2))
+    _cpu.silu_mul(x.data_ptr(), rows, width // 2, out.data_ptr())
+    return out
+
+
 # ---- paged_attention ----
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    num_blocks, num_kv_heads, block_size, head_dim = checks.paged_attention(
+        q, key_cache, value_cache, block_table, query_start, context_len, window
+    )
+    _on_cpu("q", q)
+    tokens, num_heads, _ = q.shape
+    sequences, max_blocks = block_table.shape
+    out = torch.empty_like(q)
+    _cpu.paged_attention(
+        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _DTYPE[key_cache.dtype], block_table.data_ptr(), query_start.data_ptr(),
+        context_len.data_ptr(), out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads, num_kv_heads, head_dim, block_size,
+        scale, window,
+    )  # fmt: skip
+    return out
 
 
 # ---- sample ----

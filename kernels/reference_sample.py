@@ -67,8 +67,8 @@ def _sample(
 
 def _logprob(logits: Tensor, token: Tensor) -> Tensor:
     """Natural log-softmax of raw rows at ``token``, float32 ``[R]``; with +inf entries, those share the probability evenly."""
-    chosen = logits.gather(1, token[:, None])[:, 0].double()
-    plain = chosen - logits.double().logsumexp(dim=1)
+    chosen = logits.gather(1, token[:, None])[:, 0]
+    plain = logits.double().log_softmax(dim=1).gather(1, token[:, None])[:, 0]
     infinite = (logits == math.inf).sum(dim=1)
     among_infinite = torch.where(chosen == math.inf, -infinite.double().log(), -math.inf)
     return torch.where(infinite > 0, among_infinite, plain).float()

@@ -11,9 +11,8 @@
 namespace engine {
 
 // P of noise.py, lowest power first.
-#define ENGINE_LOG_COEFFICIENTS                                                                                              \
-    {0x1.555554p-2f, -0x1.000226p-2f, 0x1.99a008p-3f, -0x1.547244p-3f, 0x1.22da1cp-3f, -0x1.0d8542p-3f, 0x1.055b6ap-3f, \
-     -0x1.38b58p-4f}
+#define ENGINE_LOG_COEFFICIENTS \
+    {0x1.555554p-2f, -0x1.000226p-2f, 0x1.99a008p-3f, -0x1.547244p-3f, 0x1.22da1cp-3f, -0x1.0d8542p-3f, 0x1.055b6ap-3f, -0x1.38b58p-4f}
 constexpr int kLogDegree = 7;
 constexpr float kLn2Hi = 355.0f / 512.0f;
 constexpr float kLn2Lo = -0x1.bd0106p-13f;

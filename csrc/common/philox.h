@@ -28,8 +28,8 @@ struct Philox {
 ENGINE_HD Philox philox4x32(Philox c, uint32_t k0, uint32_t k1) {
     for (int round = 0; round < kPhiloxRounds; ++round) {
         const uint64_t p0 = uint64_t{kPhiloxM0} * c.word[0], p1 = uint64_t{kPhiloxM1} * c.word[2];
-        c = {{static_cast<uint32_t>(p1 >> 32) ^ c.word[1] ^ k0, static_cast<uint32_t>(p1),
-              static_cast<uint32_t>(p0 >> 32) ^ c.word[3] ^ k1, static_cast<uint32_t>(p0)}};
+        c = {{static_cast<uint32_t>(p1 >> 32) ^ c.word[1] ^ k0, static_cast<uint32_t>(p1), static_cast<uint32_t>(p0 >> 32) ^ c.word[3] ^ k1,
+              static_cast<uint32_t>(p0)}};
         k0 += kPhiloxW0;
         k1 += kPhiloxW1;
     }
@@ -44,8 +44,7 @@ struct NoiseKey {
 
 // The words of tokens 4 * index .. 4 * index + 3.
 ENGINE_HD Philox noise_words(NoiseKey key, uint32_t index, uint32_t domain) {
-    return philox4x32({{index, key.position, key.stream, domain}}, static_cast<uint32_t>(key.seed),
-                      static_cast<uint32_t>(key.seed >> 32));
+    return philox4x32({{index, key.position, key.stream, domain}}, static_cast<uint32_t>(key.seed), static_cast<uint32_t>(key.seed >> 32));
 }
 
 }  // namespace engine

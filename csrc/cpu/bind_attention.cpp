@@ -8,11 +8,11 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kPrefillRows = 48;            // of a tile when a sequence has more rows than fit one item
-constexpr int64_t kItemsPerThread = 4;          // items are cut until the largest is about this fraction of a thread's share
-constexpr int64_t kFixedRows = 4;               // reading a token costs about as much as this many rows
-constexpr int64_t kInlineWork = 64 * 1024;      // row-elements below which waking threads costs more than it saves
-constexpr int64_t kInlineMerge = 256 * 1024;    // partial elements, likewise
+constexpr int64_t kPrefillRows = 48;          // of a tile when a sequence has more rows than fit one item
+constexpr int64_t kItemsPerThread = 4;        // items are cut until the largest is about this fraction of a thread's share
+constexpr int64_t kFixedRows = 4;             // reading a token costs about as much as this many rows
+constexpr int64_t kInlineWork = 64 * 1024;    // row-elements below which waking threads costs more than it saves
+constexpr int64_t kInlineMerge = 256 * 1024;  // partial elements, likewise
 
 [[noreturn]] void bad(const std::string& message) { throw py::value_error(message); }
 

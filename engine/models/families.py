@@ -113,7 +113,9 @@ def _qwen_windows(raw: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     window = _window(raw) if read_bool(raw, "use_sliding_window") else 0
     types = raw.get("layer_types")
     if types is None:
-        first = raw.get("max_window_layers", 28)  # 0: every layer
+        first = raw.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise unsupported("max_window_layers", first, "an integer; 0 for a window in every layer")
         return tuple(window if i >= first else 0 for i in range(num_layers))
     allowed = ("full_attention", "sliding_attention") if window else ("full_attention",)
     if not isinstance(types, (list, tuple)) or len(types) != num_layers or any(kind not in allowed for kind in types):

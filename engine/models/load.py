@@ -51,6 +51,8 @@ def load(
             * a folder with ``config.json`` and safetensors or ``pytorch_model.bin``, whole or in shards: memory-mapped;
             * a checkpoint file (.pth, .pt, .bin, .safetensors) of the origin model: memory-mapped;
             * the id of a model on the Hugging Face hub.
+
+            A mapped file must not be overwritten while it is in use (replacing it by a rename is safe).
         ops: the kernels; default: the fastest for the CPU.
         dtype: convert the weights, tensor by tensor, to float32, bfloat16 or float16; default: as stored.
         max_position: shorten the RoPE tables, and so the longest sequence; default: the model's own.

@@ -101,12 +101,12 @@ class Assembler:
     Args:
         config, names: what to expect.
         tensors: by clean name (``clean_name``); only looked up by name, so a lazy mapping reads nothing too early.
-        origin: words for messages, e.g. the path.
+        where: words for messages, e.g. the path.
         dtype: convert every tensor to it, one at a time; None keeps each as it is, in its owner's storage.
     """
 
-    def __init__(self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None) -> None:
-        self._config, self._names, self._tensors, self._origin, self._dtype = config, names, tensors, origin, dtype
+    def __init__(self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype | None) -> None:
+        self._config, self._names, self._tensors, self._where, self._dtype = config, names, tensors, where, dtype
         self._progress: tqdm[object] | None = None
 
     def build(self) -> ModelWeights:
@@ -117,7 +117,7 @@ class Assembler:
             del shapes[head]
         self._check(shapes)
         # Nothing is read yet from a memory-mapped file, so a bar appears only where a conversion takes its time.
-        with tqdm(total=len(shapes), desc=f"loading {self._origin}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
+        with tqdm(total=len(shapes), desc=f"loading {self._where}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
             embedding = self._weight(self._names.embedding)
             layers = tuple(self._layer(i) for i in range(self._config.num_layers))
             return ModelWeights(embedding, layers, self._weight(self._names.final_norm), self._head(embedding))
@@ -143,17 +143,17 @@ class Assembler:
             ),
         ]
         if problems:
-            raise ValueError(f"{self._origin} does not hold a {self._config.family} model of its config: " + "; ".join(problems))
+            raise ValueError(f"{self._where} does not hold a {self._config.family} model of its config: " + "; ".join(problems))
 
     def _check_readable(self, name: str, tensor: Tensor) -> None:
         if tensor.device.type != "cpu":
-            raise ValueError(f"{self._origin}: {name} is on device {tensor.device}: not yet; move the model to the CPU first")
+            raise ValueError(f"{self._where}: {name} is on device {tensor.device}: not yet; move the model to the CPU first")
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-            raise ValueError(f"{self._origin}: {name} is a {type(tensor).__name__} ({tensor.layout}); only plain dense tensors can be read")
+            raise ValueError(f"{self._where}: {name} is a {type(tensor).__name__} ({tensor.layout}); only plain dense tensors can be read")
         convertible = self._dtype is not None and tensor.dtype == torch.float64
         if tensor.dtype not in WEIGHT_DTYPES.values() and not convertible:
             remedy = "pass dtype= to convert it" if tensor.dtype == torch.float64 else "quantised weights are not supported"
-            raise ValueError(f"{self._origin}: {name} has dtype {tensor.dtype}; allowed are {', '.join(WEIGHT_DTYPES)}; {remedy}")
+            raise ValueError(f"{self._where}: {name} has dtype {tensor.dtype}; allowed are {', '.join(WEIGHT_DTYPES)}; {remedy}")
 
     def _layer(self, i: int) -> LayerWeights:
         config, names = self._config, self._names
@@ -162,7 +162,7 @@ class Assembler:
             parts = tuple(self._weight(stem.format(i=i)) for stem in stems)
             if len({part.dtype for part in parts}) > 1:
                 found = ", ".join(f"{stem.format(i=i)} {part.dtype}" for stem, part in zip(stems, parts, strict=True))
-                raise ValueError(f"{self._origin}: these must have one dtype: {found}; pass dtype= to convert them")
+                raise ValueError(f"{self._where}: these must have one dtype: {found}; pass dtype= to convert them")
             return parts
 
         def biases(wanted: bool, stems: tuple[str, ...]) -> tuple[Tensor, ...] | None:
@@ -194,7 +194,7 @@ class Assembler:
         if self._config.tied_head:
             if torch.equal(head, source):
                 return embedding
-            logger.warning("%s: its config ties the head to the embedding but the two tensors differ; both are used", self._origin)
+            logger.warning("%s: its config ties the head to the embedding but the two tensors differ; both are used", self._where)
         return self._take(name)
 
     def _weight(self, stem: str) -> Tensor:
@@ -205,7 +205,7 @@ class Assembler:
         if self._dtype is not None and tensor.dtype != self._dtype:
             tensor = tensor.detach().to(self._dtype).contiguous()
         elif not tensor.is_contiguous():
-            logger.warning("%s: %s is not contiguous and is copied; later changes to the original are not seen", self._origin, name)
+            logger.warning("%s: %s is not contiguous and is copied; later changes to the original are not seen", self._where, name)
             tensor = tensor.detach().contiguous()
         if self._progress is not None:
             self._progress.update()

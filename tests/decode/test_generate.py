@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from decode.conftest import small_llama
+from decode.small_models import small_llama
 
 from engine import Decoder, SamplingParams
 

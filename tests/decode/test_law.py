@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from decode.conftest import small_llama
+from decode.small_models import small_llama
 
 from engine import Decoder, SamplingParams
 

@@ -15,7 +15,7 @@ from engine import kernels
 from engine.kv_cache import KVCache
 from engine.models import StepBatch, Transformer
 
-TOLERANCE = 1e-4  # max-abs difference of float32 logits allowed between two orders of the same sums
+TOLERANCE = 3e-5  # max-abs difference of float32 logits (their deviation is about 1); two orders of the same sums differ by 5e-6
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
@@ -60,12 +60,12 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """Weights large enough that every part shows in the logits: the usual 0.02 hides attention behind the residual."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 2:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
-            else:  # norms around 1, biases around a value that matters
-                parameter.copy_(noise * 0.2 + 1.0)
+            else:
+                parameter.copy_(noise * 0.5 if name.endswith("bias") else noise * 0.2 + 1.0)
 
 
 def hf_model(raw: dict[str, Any], seed: int = 0) -> Any:

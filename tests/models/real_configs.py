@@ -102,7 +102,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.4,
             "truncate": False,
         },
-    ),  # fmt: skip
+    ),
     "llama head_dim 24, one kv head": small(LLAMA_2_7B, head_dim=24, num_key_value_heads=1),
     "mistral window": small(MISTRAL_7B_V01, sliding_window=24),
     "mistral no window": small(MISTRAL_7B_V01, sliding_window=None, head_dim=32),
@@ -114,6 +114,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         use_sliding_window=True,
         sliding_window=17,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),  # fmt: skip
+    ),
     "qwen3 head_dim 128": small(QWEN3_06B, head_dim=128, hidden_size=64),
 }

@@ -136,6 +136,11 @@ def test_refused_layer_types(types: object) -> None:
         read({**QWEN2_05B, "layer_types": types})  # use_sliding_window is false: no layer may slide
 
 
+def test_refused_window_layers() -> None:
+    with pytest.raises(ValueError, match="max_window_layers = None"):
+        read({**QWEN2_05B, "max_window_layers": None})
+
+
 def test_unknown_families() -> None:
     known = "known families: llama .LlamaForCausalLM.*mistral.*qwen2.*qwen3.*Tiny-K"
     with pytest.raises(ValueError, match=f"model_type 'mixtral' is not supported; {known}"):

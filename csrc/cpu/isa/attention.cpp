@@ -1,10 +1,10 @@
 // Paged attention of a few rows (queries x heads of one KV group) over splits of 512 tokens.
 //
 // Within a split: scores of 16 tokens at a time (query element broadcast, keys of 16 tokens in vectors, summed over the head dimension in
-// order), softmax on its own (maximum, exp, sum over lanes that are token positions modulo 16), values added in token order. Splits are then
-// folded in order (FlashDecoding, Dao et al. 2023). A row's operations depend on its own query and the absolute positions it sees, never on
-// the other rows of its tile: a score has its own accumulator, tokens a row may not see get weight exactly 0 in the sum and are left out of
-// the loop over values (their slots may hold NaN).
+// order), softmax on its own (maximum, exp, sum over lanes that are token positions modulo 16), values added in token order. Splits are
+// then folded in order (FlashDecoding, Dao et al. 2023). A row's operations depend on its own query and the absolute positions it sees,
+// never on the other rows of its tile: a score has its own accumulator, tokens a row may not see get weight exactly 0 in the sum and are
+// left out of the loop over values (their slots may hold NaN).
 #include "../kernels.h"
 #include "../thread_pool.h"
 #include "exp.h"
@@ -14,11 +14,11 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int kVecs = kSubBlock / kLanes;                    // vectors per 16 tokens
-constexpr int kMaxChunks = kAttentionSplit / kSubBlock;      // sub-blocks of a split
-constexpr int kScoreStride = kAttentionSplit + kSubBlock;    // not a power of two: rows would share cache sets
-constexpr int kTileRows = 6;                                 // 6 rows x 2 vectors of accumulators, 2 of keys: 15 registers of 16
-constexpr int kAhead = 4;                                    // sub-blocks listed past a split's end, to prefetch
+constexpr int kVecs = kSubBlock / kLanes;                  // vectors per 16 tokens
+constexpr int kMaxChunks = kAttentionSplit / kSubBlock;    // sub-blocks of a split
+constexpr int kScoreStride = kAttentionSplit + kSubBlock;  // not a power of two: rows would share cache sets
+constexpr int kTileRows = 6;                               // 6 rows x 2 vectors of accumulators, 2 of keys: 15 registers of 16
+constexpr int kAhead = 4;                                  // sub-blocks listed past a split's end, to prefetch
 const float kMinusInfinity = -__builtin_inff();
 
 ENGINE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -27,7 +27,8 @@ ENGINE_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 // ---- scores: R rows x B sub-blocks ----
 // q: [head_dim][R]. keys[b]: [head_dim][16]. scores: row r at r * kScoreStride. next[b] is prefetched while keys[b] is read.
 template <class T, int R, int B>
-__attribute__((noinline)) void score_tile(const float* q, const T* const* keys, const T* const* next, int64_t head_dim, float scale, float* scores) {
+__attribute__((noinline)) void score_tile(const float* q, const T* const* keys, const T* const* next, int64_t head_dim, float scale,
+                                          float* scores) {
     VecF acc[R][B][kVecs];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
@@ -43,19 +44,24 @@ __attribute__((noinline)) void score_tile(const float* q, const T* const* keys, 
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
-            for (int v = 0; v < kVecs; ++v)
-                store(scores + r * kScoreStride + b * kSubBlock + v * kLanes, mul(acc[r][b][v], set1(scale)));
+            for (int v = 0; v < kVecs; ++v) store(scores + r * kScoreStride + b * kSubBlock + v * kLanes, mul(acc[r][b][v], set1(scale)));
 }
 
 template <class T>
 void score_rows(int rows, const float* q, const T* const* keys, const T* const* next, int64_t head_dim, float scale, float* scores) {
     switch (rows) {
-        case 1: return score_tile<T, 1, 1>(q, keys, next, head_dim, scale, scores);
-        case 2: return score_tile<T, 2, 1>(q, keys, next, head_dim, scale, scores);
-        case 3: return score_tile<T, 3, 1>(q, keys, next, head_dim, scale, scores);
-        case 4: return score_tile<T, 4, 1>(q, keys, next, head_dim, scale, scores);
-        case 5: return score_tile<T, 5, 1>(q, keys, next, head_dim, scale, scores);
-        default: return score_tile<T, 6, 1>(q, keys, next, head_dim, scale, scores);
+        case 1:
+            return score_tile<T, 1, 1>(q, keys, next, head_dim, scale, scores);
+        case 2:
+            return score_tile<T, 2, 1>(q, keys, next, head_dim, scale, scores);
+        case 3:
+            return score_tile<T, 3, 1>(q, keys, next, head_dim, scale, scores);
+        case 4:
+            return score_tile<T, 4, 1>(q, keys, next, head_dim, scale, scores);
+        case 5:
+            return score_tile<T, 5, 1>(q, keys, next, head_dim, scale, scores);
+        default:
+            return score_tile<T, 6, 1>(q, keys, next, head_dim, scale, scores);
     }
 }
 
@@ -104,7 +110,8 @@ ENGINE_INLINE void value_strip(const float* weights, const T* values, const T* n
 }
 
 template <class T, int R>
-__attribute__((noinline)) void value_tile(const float* weights, const T* values, const T* next, int64_t tokens, int64_t head_dim, float* acc) {
+__attribute__((noinline)) void value_tile(const float* weights, const T* values, const T* next, int64_t tokens, int64_t head_dim,
+                                          float* acc) {
     constexpr int kWide = R == 1 ? 8 : R <= 3 ? 4 : 2;  // at most 12 accumulators
     int64_t c = 0;
     for (; c + kWide * kLanes <= head_dim; c += kWide * kLanes)
@@ -135,12 +142,18 @@ __attribute__((noinline)) void value_tile(const float* weights, const T* values,
 template <class T>
 void value_rows(int rows, const float* weights, const T* values, const T* next, int64_t tokens, int64_t head_dim, float* acc) {
     switch (rows) {
-        case 1: return value_tile<T, 1>(weights, values, next, tokens, head_dim, acc);
-        case 2: return value_tile<T, 2>(weights, values, next, tokens, head_dim, acc);
-        case 3: return value_tile<T, 3>(weights, values, next, tokens, head_dim, acc);
-        case 4: return value_tile<T, 4>(weights, values, next, tokens, head_dim, acc);
-        case 5: return value_tile<T, 5>(weights, values, next, tokens, head_dim, acc);
-        default: return value_tile<T, 6>(weights, values, next, tokens, head_dim, acc);
+        case 1:
+            return value_tile<T, 1>(weights, values, next, tokens, head_dim, acc);
+        case 2:
+            return value_tile<T, 2>(weights, values, next, tokens, head_dim, acc);
+        case 3:
+            return value_tile<T, 3>(weights, values, next, tokens, head_dim, acc);
+        case 4:
+            return value_tile<T, 4>(weights, values, next, tokens, head_dim, acc);
+        case 5:
+            return value_tile<T, 5>(weights, values, next, tokens, head_dim, acc);
+        default:
+            return value_tile<T, 6>(weights, values, next, tokens, head_dim, acc);
     }
 }
 
@@ -193,12 +206,9 @@ template <class T>
 void run_item(const AttentionArgs& a, const AttentionItem& item) {
     const int64_t head_dim = a.head_dim, group = a.num_heads / a.num_kv_heads, rows = item.row_end - item.row_begin;
     const int64_t head_offset = item.kv_head * a.block_size * head_dim;
-    const Cache<T> cache = {static_cast<const T*>(a.key_cache) + head_offset,
-                            static_cast<const T*>(a.value_cache) + head_offset,
-                            a.block_table + item.sequence * a.max_blocks,
-                            a.block_size,
-                            a.num_kv_heads * a.block_size * head_dim,
-                            head_dim};
+    const Cache<T> cache = {static_cast<const T*>(a.key_cache) + head_offset, static_cast<const T*>(a.value_cache) + head_offset,
+                            a.block_table + item.sequence * a.max_blocks,     a.block_size,
+                            a.num_kv_heads * a.block_size * head_dim,         head_dim};
 
     float* q = static_cast<float*>(scratch(kThreadScratch, rows * (3 * head_dim + kScoreStride) * int64_t{sizeof(float)}));
     float* split_sums = q + rows * head_dim;
@@ -309,8 +319,7 @@ void run_item(const AttentionArgs& a, const AttentionItem& item) {
         }
     }
     if (item.partial_offset >= 0) return;
-    for (int64_t r = 0; r < rows; ++r)
-        finish(row_of(a.out, a, item, group, item.row_begin + r), states[r], sums + r * head_dim, head_dim);
+    for (int64_t r = 0; r < rows; ++r) finish(row_of(a.out, a, item, group, item.row_begin + r), states[r], sums + r * head_dim, head_dim);
 }
 
 }  // namespace

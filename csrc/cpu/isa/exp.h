@@ -1,4 +1,5 @@
-// exp of a vector for softmax and SiLU: arguments of at most 0, relative error below 1e-7 (not the token law's, which is common/fixed_math.h).
+// exp of a vector for softmax and SiLU: arguments of at most 0, relative error below 1e-7 (not the token law's, which is
+// common/fixed_math.h).
 #pragma once
 
 #include "simd.h"

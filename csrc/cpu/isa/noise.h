@@ -7,7 +7,7 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-constexpr int kBlock = 128;  // tokens whose words are made at once
+constexpr int kBlock = 128;    // tokens whose words are made at once
 constexpr int kMaskLanes = 8;  // of at_most and at_least
 
 #if ENGINE_ISA_LEVEL >= 1

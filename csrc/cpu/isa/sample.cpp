@@ -208,8 +208,7 @@ float threshold(const Row& row) {
         float z[kBlock];
         block_of_z(row, b, z);
         for (int i = 0; i < kBlock; i += kMaskLanes)
-            for (uint32_t bits = at_least(z + i, lowest); bits != 0; bits &= bits - 1)
-                row.candidates[found++] = z[i + __builtin_ctz(bits)];
+            for (uint32_t bits = at_least(z + i, lowest); bits != 0; bits &= bits - 1) row.candidates[found++] = z[i + __builtin_ctz(bits)];
     }
     return found >= row.k ? kth_largest(row.candidates, found, row.k) : -kInf;
 }
@@ -381,10 +380,11 @@ void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab,
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         uint32_t block[kBlock];
         block_words(noise, static_cast<uint32_t>(begin), block);
-        for (int64_t i = begin; i < smaller(vocab, begin + kBlock); ++i) {
-            words[i] = block[i - begin];
-            lows[i] = tail_word(key, i, words[i]);
-        }
+        const int64_t n = smaller(kBlock, vocab - begin);
+        memcpy(words + begin, block, static_cast<size_t>(n) * 4);
+        memset(lows + begin, 0, static_cast<size_t>(n) * 4);
+        if (!any_at_most(block, kTailWords - 1)) continue;
+        for (int64_t i = begin; i < begin + n; ++i) lows[i] = tail_word(key, i, words[i]);
     }
 }
 

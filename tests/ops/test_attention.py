@@ -1,0 +1,366 @@
+"""paged_attention: both backends against dense float64, and the C++ one bit for bit under every way of calling it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from engine.kernels import checks, reference
+from torch import Tensor
+
+from engine import kernels
+
+HEAD_DIMS = (8, 16, 32, 48, 64, 80, 96, 128, 256)
+HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2))
+CONTEXTS = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
+QUERIES = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
+WINDOWS = (0, 1, 16, 100)
+GARBAGE = -123456  # in block tables where nothing may be read
+NAN = float("nan")
+
+
+@pytest.fixture
+def cpu() -> Any:
+    if (reason := kernels.backends("cpu")["cpu"]) is not None:
+        pytest.skip(reason)
+    import engine.kernels.cpu
+
+    return engine.kernels.cpu
+
+
+@dataclass
+class Batch:
+    """Arguments of paged_attention, and the dense keys and values they stand for."""
+
+    q: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_table: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    scale: float
+    window: int
+    keys: list[Tensor]  # per sequence [context, num_kv_heads, head_dim], rounded as the cache rounds
+    values: list[Tensor]
+
+    def run(self, backend: Any) -> Tensor:
+        return backend.paged_attention(
+            self.q, self.key_cache, self.value_cache, self.block_table, self.query_start, self.context_len,
+            scale=self.scale, window=self.window,
+        )  # fmt: skip
+
+    def rows(self, sequence: int) -> slice:
+        return slice(int(self.query_start[sequence]), int(self.query_start[sequence + 1]))
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The definition: masked softmax over the whole context."""
+        parts = []
+        for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            q = self.q[self.rows(s)].to(dtype)
+            queries, context, group = q.shape[0], keys.shape[0], q.shape[1] // keys.shape[1]
+            keys, values = (t.to(dtype).repeat_interleave(group, dim=1) for t in (keys, values))
+            scores = torch.einsum("ihd,jhd->hij", q, keys) * self.scale
+            i, j = torch.arange(context - queries, context)[:, None], torch.arange(context)
+            hidden = (j > i) | ((j <= i - self.window) if self.window else (j < 0))
+            parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+        return torch.cat(parts)
+
+
+def make_batch(
+    contexts: Sequence[int],
+    queries: Sequence[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    *,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    window: int = 0,
+    seed: int = 0,
+) -> Batch:
+    """A random batch over blocks in random order; unused slots hold NaN, unused table entries garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    used = [-(-c // block_size) for c in contexts]
+    blocks = torch.randperm(sum(used) + 3, generator=generator)
+    shape = (len(blocks), num_kv_heads, block_size // 16, head_dim, 16)
+    key_cache = torch.full(shape, NAN, dtype=dtype)
+    value_cache = torch.full((len(blocks), num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
+    block_table = torch.full((len(contexts), max(used) + 2), GARBAGE, dtype=torch.int32)
+    keys, values = [], []
+    for s, (context, mine) in enumerate(zip(contexts, blocks.split([*used, 3]), strict=False)):
+        k, v = (torch.randn(context, num_kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+        token = torch.arange(context)
+        block, offset = mine[token // block_size], token % block_size
+        key_cache[block, :, offset // 16, :, offset % 16] = k
+        value_cache[block, :, offset] = v
+        block_table[s, : used[s]] = mine
+        oldest = max(0, context - queries[s] + 1 - window) if window else 0
+        block_table[s, : oldest // block_size] = GARBAGE  # slid out of every window: may have been freed
+        keys.append(k)
+        values.append(v)
+    start = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+    q = torch.randn(sum(queries), num_heads, head_dim, generator=generator)
+    context_len = torch.tensor(contexts, dtype=torch.int32)
+    return Batch(q, key_cache, value_cache, block_table, start, context_len, head_dim**-0.5, window, keys, values)
+
+
+def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -> Batch:
+    """The query rows [first, last) of one sequence as a call of their own, when later tokens are not in the cache yet."""
+    rows = batch.q[batch.rows(sequence)]
+    last = len(rows) if last is None else last
+    context = int(batch.context_len[sequence]) - len(rows) + last
+    key_cache, value_cache = batch.key_cache.clone(), batch.value_cache.clone()
+    block_size = value_cache.shape[2]
+    for token in range(context, int(batch.context_len[sequence])):
+        block, offset = batch.block_table[sequence, token // block_size], token % block_size
+        key_cache[block, :, offset // 16, :, offset % 16] = NAN
+        value_cache[block, :, offset] = NAN
+    table = batch.block_table[sequence : sequence + 1].clone()
+    table[0, -(-context // block_size) :] = GARBAGE
+    start, length = torch.tensor([0, last - first], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
+    return replace(
+        batch, q=rows[first:last].contiguous(), key_cache=key_cache, value_cache=value_cache, block_table=table, query_start=start,
+        context_len=length,
+    )  # fmt: skip
+
+
+def assert_close(batch: Batch, out: Tensor) -> None:
+    exact = batch.dense()
+    error = (out - exact).abs().max().item()
+    allowed = max(1e-5, 2 * (batch.dense(torch.float32) - exact).abs().max().item())
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+def oracle_cases() -> Iterator[Batch]:
+    """Every head dimension with every head count; windows, block sizes and cache types take turns."""
+    turns = itertools.cycle(itertools.product(WINDOWS, (16, 32), (torch.float32, torch.bfloat16)))
+    for head_dim, heads in itertools.product(HEAD_DIMS, HEADS):
+        short = head_dim * heads[0] > 1024  # keep the float64 side quick
+        for pick in (slice(6), slice(6, None)):
+            queries = [min(q, 8) if short else q for q in QUERIES[pick]]
+            window, block_size, dtype = next(turns)
+            yield make_batch(
+                CONTEXTS[pick], [min(q, c) for q, c in zip(queries, CONTEXTS[pick], strict=True)], heads, head_dim,
+                block_size=block_size, dtype=dtype, window=window, seed=head_dim,
+            )  # fmt: skip
+        next(turns)  # an odd step, so that the turns differ from one head count to the next
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_matches_dense_float64(backend: str, request: pytest.FixtureRequest) -> None:
+    module = reference if backend == "reference" else request.getfixturevalue("cpu")
+    for batch in oracle_cases():
+        assert_close(batch, batch.run(module))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_matches_reference(cpu: Any, window: int, dtype: torch.dtype) -> None:
+    batch = make_batch(CONTEXTS, [min(q, c) for q, c in zip(QUERIES, CONTEXTS, strict=True)], (8, 2), 64, dtype=dtype, window=window)
+    torch.testing.assert_close(batch.run(cpu), batch.run(reference), atol=1e-5, rtol=0)
+
+
+# ---- the same bits however it is called ----
+
+
+@pytest.mark.parametrize("window", [0, 1, 16, 100, 600])
+@pytest.mark.parametrize("heads", [(4, 4), (14, 2)])
+@pytest.mark.parametrize("context", [9, 40, 515, 1031, 1100])
+def test_verification_equals_single_steps(cpu: Any, context: int, heads: tuple[int, int], window: int) -> None:
+    batch = make_batch([context], [8], heads, 64, window=window, block_size=32)
+    whole = batch.run(cpu)
+    for i in range(8):
+        assert torch.equal(only(batch, 0, i, i + 1).run(cpu)[0], whole[i]), i
+
+
+@pytest.mark.parametrize("window", [0, 16, 100])
+@pytest.mark.parametrize(("context", "heads", "head_dim"), [(150, (6, 3), 48), (600, (2, 1), 80), (530, (1, 1), 8)])
+def test_prefill_chunks_equal_whole(cpu: Any, context: int, heads: tuple[int, int], head_dim: int, window: int) -> None:
+    batch = make_batch([context], [context], heads, head_dim, window=window, dtype=torch.bfloat16)
+    whole = batch.run(cpu)
+    for chunk in (1, 7, 64):
+        step = chunk if context < 200 or chunk > 1 else 1
+        for first in range(0, context, step if chunk > 1 else 13):
+            part = only(batch, 0, first, min(first + step, context))
+            assert torch.equal(part.run(cpu), whole[first : first + step]), (chunk, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_alone_equals_in_a_batch(cpu: Any, dtype: torch.dtype) -> None:
+    batch = make_batch(CONTEXTS, [min(q, c) for q, c in zip(QUERIES, CONTEXTS, strict=True)], (6, 3), 96, dtype=dtype)
+    together = batch.run(cpu)
+    for s in range(len(CONTEXTS)):
+        assert torch.equal(only(batch, s).run(cpu), together[batch.rows(s)]), s
+
+
+def test_block_order_does_not_matter(cpu: Any) -> None:
+    batch = make_batch([700, 100], [3, 100], (8, 2), 64)
+    order = torch.randperm(len(batch.key_cache))  # block i moves to order[i]
+    key_cache, value_cache = torch.empty_like(batch.key_cache), torch.empty_like(batch.value_cache)
+    key_cache[order], value_cache[order] = batch.key_cache, batch.value_cache
+    used = batch.block_table >= 0
+    table = torch.where(used, order[batch.block_table.clamp(min=0).long()].int(), batch.block_table)
+    moved = replace(batch, key_cache=key_cache, value_cache=value_cache, block_table=table)
+    assert torch.equal(moved.run(cpu), batch.run(cpu))
+
+
+@pytest.mark.parametrize("queries", [1, 8, 300])
+def test_threads_do_not_matter(cpu: Any, queries: int) -> None:
+    """A long context at batch 1 is cut into more items the more threads there are."""
+    batch = make_batch([6000], [queries], (4, 2), 64)
+    before = cpu._cpu.num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 4):
+            cpu._cpu.set_num_threads(threads)
+            results.append(batch.run(cpu))
+    finally:
+        cpu._cpu.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_close(batch, results[0])
+
+
+def run_oracle_cases() -> None:
+    """Run in a process of its own by the next test."""
+    import engine.kernels.cpu as cpu
+
+    assert cpu._cpu.isa() == os.environ["ENGINE_CPU_ISA"]
+    for batch in itertools.islice(oracle_cases(), 0, None, 3):
+        assert_close(batch, batch.run(cpu))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx512"])
+def test_other_instruction_sets(cpu: Any, isa: str) -> None:
+    if isa not in cpu._cpu.supported_isas():
+        pytest.skip(f"this CPU does not run {isa}")
+    result = subprocess.run([sys.executable, __file__], env={**os.environ, "ENGINE_CPU_ISA": isa}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- hostile values ----
+
+
+@pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
+def test_a_bad_query_row_harms_only_itself(cpu: Any, value: float) -> None:
+    batch = make_batch([700, 520, 33], [8, 64, 1], (4, 2), 64)
+    clean = batch.run(cpu)
+    dirty = replace(batch, q=batch.q.clone())
+    dirty.q[3] = value
+    out = dirty.run(cpu)
+    assert torch.equal(out[:3], clean[:3]) and torch.equal(out[4:], clean[4:])
+    assert out[3].isnan().all()
+
+
+@pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
+def test_bad_keys_and_values_harm_only_rows_that_see_them(cpu: Any, value: float) -> None:
+    batch = make_batch([700, 520, 33], [8, 64, 1], (4, 2), 64)
+    clean = batch.run(cpu)
+    for cache in ("key_cache", "value_cache"):
+        dirty = replace(batch, **{cache: getattr(batch, cache).clone()})
+        token = 520 - 30  # seen by the last 30 of the 64 rows of sequence 1
+        block, offset = batch.block_table[1, token // 16], token % 16
+        if cache == "key_cache":
+            dirty.key_cache[block, :, 0, :, offset] = value
+        else:
+            dirty.value_cache[block, :, offset] = value
+        out = dirty.run(cpu)
+        first = 8 + 64 - 30
+        assert torch.equal(out[:first], clean[:first]) and torch.equal(out[-1:], clean[-1:])
+        assert not torch.equal(out[first : 8 + 64], clean[first : 8 + 64])
+        if value != value:
+            assert out[first : 8 + 64].isnan().all()
+
+
+def test_split_of_minus_infinity_scores_weighs_nothing(cpu: Any) -> None:
+    """Scores of -inf over a whole split of 512 tokens must not turn the row into NaN."""
+    batch = make_batch([700], [1], (1, 1), 8)
+    batch.q[0] = 1.0
+    for token in range(512):
+        batch.key_cache[batch.block_table[0, token // 16], :, 0, :, token % 16] = -torch.inf
+        batch.keys[0][token] = -torch.inf
+    assert_close(batch, batch.run(cpu))
+
+
+def test_large_scores_do_not_overflow(cpu: Any) -> None:
+    batch = make_batch([1100, 40], [4, 40], (4, 2), 64)
+    batch.q *= 1e4
+    batch.scale = 1.0
+    assert_close(batch, batch.run(cpu))
+
+
+# ---- nothing to do, and bad arguments ----
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_empty_batches(backend: str, request: pytest.FixtureRequest) -> None:
+    module = reference if backend == "reference" else request.getfixturevalue("cpu")
+    batch = make_batch([20, 40], [1, 2], (2, 1), 16)
+    none = replace(
+        batch, q=batch.q[:0], block_table=batch.block_table[:0], query_start=torch.zeros(1, dtype=torch.int32),
+        context_len=batch.context_len[:0],
+    )  # fmt: skip
+    assert none.run(module).shape == (0, 2, 16)
+    idle = replace(batch, q=batch.q[1:].contiguous(), query_start=torch.tensor([0, 0, 2], dtype=torch.int32))
+    torch.testing.assert_close(idle.run(module), batch.run(module)[1:], atol=0, rtol=0)
+
+
+def _entry(name: str, index: tuple[int, ...], value: int) -> Callable[[Batch], Batch]:
+    def change(batch: Batch) -> Batch:
+        tensor = getattr(batch, name).clone()
+        tensor[index] = value
+        return replace(batch, **{name: tensor})
+
+    return change
+
+
+BAD: dict[str, tuple[Callable[[Batch], Batch], type[Exception], str]] = {
+    "q dtype": (lambda b: replace(b, q=b.q.double()), TypeError, "q must be float32, got torch.float64"),
+    "q shape": (lambda b: replace(b, q=b.q[0]), ValueError, r"q must have shape .*\(4, 16\)"),
+    "q head_dim": (lambda b: replace(b, q=b.q[..., :8].contiguous()), ValueError, r"q must .* head_dim = 16.*\(3, 4, 8\)"),
+    "q strides": (lambda b: replace(b, q=b.q.transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "q must be contiguous"),
+    "heads": (lambda b: replace(b, q=b.q[:, :3].contiguous()), ValueError, "num_heads must be .* multiple of num_kv_heads = 2, got 3"),
+    "key dtype": (lambda b: replace(b, key_cache=b.key_cache.half()), TypeError, "key_cache must be float32 or bfloat16"),
+    "value dtype": (lambda b: replace(b, value_cache=b.value_cache.bfloat16()), TypeError, "value_cache must be float32, got torch.bf"),
+    "lanes": (lambda b: replace(b, key_cache=b.key_cache.flatten(3).unflatten(3, (32, 8))), ValueError, "key_cache must have shape"),
+    "value shape": (lambda b: replace(b, value_cache=b.value_cache[:-1]), ValueError, "value_cache must have shape"),
+    "value strides": (lambda b: replace(b, value_cache=b.value_cache.mT.contiguous().mT), ValueError, "value_cache must be contiguous"),
+    "table dtype": (lambda b: replace(b, block_table=b.block_table.long()), TypeError, "block_table must be int32"),
+    "table rows": (lambda b: replace(b, block_table=b.block_table[:1]), ValueError, r"block_table .* S = 2, got \(1, "),
+    "start length": (lambda b: replace(b, query_start=b.query_start[:2]), ValueError, r"query_start .* \(3,\), got \(2,\)"),
+    "start end": (_entry("query_start", (2,), 4), ValueError, "query_start must run from 0 to the 3 rows of q, got 0 to 4"),
+    "start begin": (_entry("query_start", (0,), 1), ValueError, "query_start must run from 0"),
+    "start order": (_entry("query_start", (1,), 5), ValueError, "query_start must not decrease, got 5 then 3 at sequence 1"),
+    "context short": (_entry("context_len", (1,), 1), ValueError, r"context_len\[1\] must be in \[2 queries, .* got 1"),
+    "context long": (_entry("context_len", (0,), 1000), ValueError, r"context_len\[0\] must be in .* got 1000"),
+    "block low": (_entry("block_table", (1, 2), -1), ValueError, r"block_table.* got -1"),
+    "block high": (_entry("block_table", (0, 1), 99), ValueError, r"block_table.* got 99"),
+    "window": (lambda b: replace(b, window=-1), ValueError, "window must be >= 0 .*, got -1"),
+    "not a tensor": (lambda b: replace(b, context_len=[20, 40]), TypeError, "context_len must be a tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_bad_arguments(backend: str, case: str, request: pytest.FixtureRequest) -> None:
+    module = reference if backend == "reference" else request.getfixturevalue("cpu")
+    change, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        change(make_batch([20, 40], [1, 2], (4, 2), 16)).run(module)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 264])
+def test_head_dims_that_are_not_served(head_dim: int) -> None:
+    batch = make_batch([3], [1], (1, 1), head_dim)
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 in 8..256, got {head_dim}"):
+        checks.cache(batch.key_cache, batch.value_cache)
+
+
+if __name__ == "__main__":
+    run_oracle_cases()
