@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.kernels import cpu, limits
 from tqdm import tqdm
 
 from engine import __version__
+from engine.kernels import cpu, limits
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.kernels import limits
 from measure import Machine, interleaved, seconds_of, summary, table
 from models.origin_model import OriginConfig
 from models.origin_model import Transformer as OriginTransformer
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 
 import engine
 from engine import Decoder
+from engine.kernels import limits
 from engine.kv_cache import block_bytes
 
 PROMPT = 128

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,15 +192,19 @@ class Decoder:
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
+        inbox: deque[StreamEvent] = deque()
+        for request in requests:
+            request.events = inbox
         try:
             self._enqueue(requests)
-            unfinished = requests
+            unfinished = len(requests)
             while unfinished:
-                self.step()
-                for request in unfinished:
-                    while request.events:
-                        yield request.events.popleft()
-                unfinished = [request for request in unfinished if not request.finished or request.events]
+                if not inbox:
+                    self.step()
+                while inbox:
+                    event = inbox.popleft()
+                    unfinished -= event.output is not None
+                    yield event
         finally:
             for request in requests:
                 if not request.finished:
@@ -220,6 +225,7 @@ class Decoder:
         """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
         plan = self.scheduler.plan()
         if not plan.sequences:
+            assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
             return
         try:
             logits = self.runner.run(plan)

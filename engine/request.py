@@ -36,7 +36,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     history: dict[int, None] | None = None  # distinct tokens in order of appearance; kept only under a repetition penalty
-    events: deque[StreamEvent] = field(default_factory=deque)
+    events: deque[StreamEvent] = field(default_factory=deque)  # where its progress goes; the requests of one call share it
     output: RequestOutput | None = None
     num_preemptions: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)

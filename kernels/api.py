@@ -91,9 +91,9 @@ def rope_append(
 
     ``qkv [T, (num_heads + 2 * num_kv_heads) * D]`` float32: queries, then keys, then values of each token. ``positions``, ``slots``: int32
     ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated (RoPE, Su
-    et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i. ``q_norm`` and
-    ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32 or bf16 (round to nearest
-    even). A slot of -1 writes nothing.
+    et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i. ``q_norm``
+    and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32 or bf16 (round to
+    nearest even). A slot of -1 writes nothing.
     """
     return default_ops(qkv.device).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
@@ -147,8 +147,8 @@ def sample(
 
     Per row: ``temperature`` float32 (below 1e-5: greedy), ``top_k`` int32 (0 off; ties with the k-th are kept), ``seed`` int64 (the bits of
     a 64-bit key), ``position`` int32 (absolute position of the token drawn), ``stream`` int32. ``repetition_penalty`` float32 ``[R]``
-    divides positive and multiplies other logits of the distinct ids ``history[history_start[r]:history_start[r+1]]`` (int32; CTRL, Keskar et al.
-    2019); all three are given or none. ``logits`` is unchanged on return.
+    divides positive and multiplies other logits of the distinct ids ``history[history_start[r]:history_start[r+1]]`` (int32; CTRL, Keskar
+    et al. 2019); all three are given or none. ``logits`` is unchanged on return.
 
     The token is ``argmax_i(z_i - log(E_i))`` over kept i, ``z = penalised logit / T``, lowest id on ties, with the noise ``E_i`` of
     ``kernels/noise.py`` (Gumbel-max). Order: penalty, temperature, top-k. +inf wins over everything finite (lowest id first among

@@ -43,7 +43,7 @@ def sample(
     if vocab >= 1 << 31:
         raise ValueError(f"logits must have V < 2^31 columns, got {vocab}")
     device = logits.device
-    per_row = [
+    per_row: list[tuple[str, Tensor, torch.dtype, tuple[int, ...], str]] = [
         ("temperature", temperature, torch.float32, (rows,), "[R]"),
         ("top_k", top_k, torch.int32, (rows,), "[R]"),
         ("seed", seed, torch.int64, (rows,), "[R]"),

@@ -12,18 +12,27 @@ from typing import Any
 
 import pytest
 import torch
-from engine.kernels import checks, reference
 from torch import Tensor
 
 from engine import kernels
+from engine.kernels import checks, reference
 
-HEAD_DIMS = (8, 16, 32, 48, 64, 80, 96, 128, 256)
+HEAD_DIMS = (8, 16, 32, 40, 48, 64, 80, 96, 128, 256)
 HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2))
 CONTEXTS = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
 QUERIES = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
 WINDOWS = (0, 1, 16, 100)
 GARBAGE = -123456  # in block tables where nothing may be read
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """The products of the float64 side are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -64,12 +73,13 @@ class Batch:
         parts = []
         for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             q = self.q[self.rows(s)].to(dtype)
-            queries, context, group = q.shape[0], keys.shape[0], q.shape[1] // keys.shape[1]
-            keys, values = (t.to(dtype).repeat_interleave(group, dim=1) for t in (keys, values))
-            scores = torch.einsum("ihd,jhd->hij", q, keys) * self.scale
+            q = q.unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, queries, head_dim]
+            keys, values = (t.to(dtype).transpose(0, 1)[:, None] for t in (keys, values))  # [num_kv_heads, 1, context, head_dim]
+            queries, context = q.shape[2], keys.shape[2]
             i, j = torch.arange(context - queries, context)[:, None], torch.arange(context)
             hidden = (j > i) | ((j <= i - self.window) if self.window else (j < 0))
-            parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
+            scores = (q @ keys.mT * self.scale).masked_fill(hidden, -torch.inf)
+            parts.append((scores.softmax(-1) @ values).permute(2, 0, 1, 3).flatten(1, 2))
         return torch.cat(parts)
 
 
@@ -118,10 +128,10 @@ def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -
     context = int(batch.context_len[sequence]) - len(rows) + last
     key_cache, value_cache = batch.key_cache.clone(), batch.value_cache.clone()
     block_size = value_cache.shape[2]
-    for token in range(context, int(batch.context_len[sequence])):
-        block, offset = batch.block_table[sequence, token // block_size], token % block_size
-        key_cache[block, :, offset // 16, :, offset % 16] = NAN
-        value_cache[block, :, offset] = NAN
+    token = torch.arange(context, int(batch.context_len[sequence]))
+    block, offset = batch.block_table[sequence, token // block_size].long(), token % block_size
+    key_cache[block, :, offset // 16, :, offset % 16] = NAN
+    value_cache[block, :, offset] = NAN
     table = batch.block_table[sequence : sequence + 1].clone()
     table[0, -(-context // block_size) :] = GARBAGE
     start, length = torch.tensor([0, last - first], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
@@ -134,8 +144,9 @@ def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -
 def assert_close(batch: Batch, out: Tensor) -> None:
     exact = batch.dense()
     error = (out - exact).abs().max().item()
-    allowed = max(1e-5, 2 * (batch.dense(torch.float32) - exact).abs().max().item())
-    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+    if not error <= 1e-5:
+        allowed = 2 * (batch.dense(torch.float32) - exact).abs().max().item()
+        assert error <= allowed, f"error {error:.2e}, twice that of PyTorch in float32 {allowed:.2e}"
 
 
 def oracle_cases() -> Iterator[Batch]:
@@ -185,11 +196,10 @@ def test_verification_equals_single_steps(cpu: Any, context: int, heads: tuple[i
 def test_prefill_chunks_equal_whole(cpu: Any, context: int, heads: tuple[int, int], head_dim: int, window: int) -> None:
     batch = make_batch([context], [context], heads, head_dim, window=window, dtype=torch.bfloat16)
     whole = batch.run(cpu)
-    for chunk in (1, 7, 64):
-        step = chunk if context < 200 or chunk > 1 else 1
-        for first in range(0, context, step if chunk > 1 else 13):
-            part = only(batch, 0, first, min(first + step, context))
-            assert torch.equal(part.run(cpu), whole[first : first + step]), (chunk, first)
+    for chunk, starts in ((1, range(0, context, 13)), (7, range(0, context, 7)), (64, range(0, context, 64))):
+        for first in starts:
+            part = only(batch, 0, first, min(first + chunk, context))
+            assert torch.equal(part.run(cpu), whole[first : first + chunk]), (chunk, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -231,6 +241,7 @@ def run_oracle_cases() -> None:
     """Run in a process of its own by the next test."""
     import engine.kernels.cpu as cpu
 
+    torch.set_num_threads(1)
     assert cpu._cpu.isa() == os.environ["ENGINE_CPU_ISA"]
     for batch in itertools.islice(oracle_cases(), 0, None, 3):
         assert_close(batch, batch.run(cpu))

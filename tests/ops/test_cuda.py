@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from engine.kernels import noise
 
 cuda = pytest.importorskip("engine.kernels._cuda", reason="engine.kernels._cuda is not built here (no nvcc)")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.kernels import cpu, noise
 from torch import Tensor
+
+from engine.kernels import cpu, noise
 
 needs_cpp = pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason=str(cpu.unavailable("cpu")))
 MASK = 0xFFFFFFFF
@@ -165,4 +166,5 @@ def test_every_instruction_set_has_the_same_bits() -> None:
         if isa == cpu._cpu.isa():
             continue
         code = f"from engine.kernels import cpu; assert cpu._cpu.isa() == {isa!r}; import test_noise; test_noise.compare_cpp()"
-        subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ENGINE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parent)
+        environment = {**os.environ, "ENGINE_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=Path(__file__).parent)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import sample_cases
 import torch
-from engine import kernels
-from engine.kernels import cpu, noise, reference
 from torch import Tensor
+
+from engine.kernels import STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, cpu, noise, reference
 
 INF, NAN = math.inf, math.nan
 BACKENDS = ["reference", "cpu"]
@@ -78,7 +78,7 @@ def compare_with_oracle(results: Any, oracle: Any) -> None:
 
 def test_oracle_covers_every_status(oracle: Any) -> None:
     status = torch.cat([result[2] for result in oracle])
-    assert set(status.tolist()) == {kernels.STATUS_OK, kernels.STATUS_NAN, kernels.STATUS_NOTHING_ALLOWED}
+    assert set(status.tolist()) == {STATUS_OK, STATUS_NAN, STATUS_NOTHING_ALLOWED}
 
 
 @needs_cpp
@@ -179,7 +179,7 @@ def test_infinity_and_nan(sample: Any) -> None:
     for temperature, top_k in ((0.0, 0), (1.0, 0), (1.0, 1), (1.0, 3)):
         tokens, logprobs, status = sample(logits, **arguments(4, temperature, top_k))
         assert tokens.tolist() == [1, -1, -1, 0]
-        assert status.tolist() == [kernels.STATUS_OK, kernels.STATUS_NAN, kernels.STATUS_NOTHING_ALLOWED, kernels.STATUS_OK]
+        assert status.tolist() == [STATUS_OK, STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK]
         assert torch.allclose(logprobs, torch.tensor([-math.log(2), NAN, NAN, 0.0]), equal_nan=True)
 
 

@@ -1,4 +1,4 @@
-"""``sample`` draws from the law: chi-square over a million draws, independence, and the far tail, each test shown to fail on wrong samplers.
+"""``sample`` draws from the law: chi-square over a million draws, independence, and the far tail; each test fails on wrong samplers.
 
 The tests check the fastest backend present. The wrong samplers are built from the specified noise; every one of them is a defect that an
 engine of the field has shipped or could.
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engine import kernels
-from engine.kernels import cpu, noise
 from scipy import stats
 from torch import Tensor
+
+from engine.kernels import cpu, noise, sample
 
 DRAWS = 1_000_000
 CHUNK = 50_000
@@ -56,7 +56,7 @@ Sampler = Callable[[Law, Tensor, Tensor], Tensor]  # law, seeds [N], positions [
 def right(law: Law, seed: Tensor, position: Tensor) -> Tensor:
     """The engine's own."""
     n = len(seed)
-    result = kernels.sample(
+    result = sample(
         law.logits.expand(n, -1),
         torch.full((n,), law.temperature),
         torch.full((n,), law.top_k, dtype=torch.int32),

@@ -1,7 +1,7 @@
 // The words of the token law, 128 tokens at a time: what common/philox.h computes one counter at a time. 256-bit vectors under AVX-512 too.
 #pragma once
 
-#include "../../common/philox.h"
+#include "../../common/fixed_math.h"
 #include "simd.h"
 
 namespace engine {
@@ -120,6 +120,28 @@ ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
 }
 
 #endif
+
+// Which tokens of a block whose largest z is `top` can still reach `best`: false if none, else those with a word <= *limit.
+//
+// With t = top - best + margin < 0: E >= u > e^t makes the exact score z - log(E) < best - margin. The computed score differs from the
+// exact one by less than 2.1e-7 (E) + 8.3e-8 * 17.4 (log(E), for a word of kTailWords or more) + 2^-24 (|top| + 18) (last subtraction),
+// all within the margin. A smaller word's u reaches down to 2^-65, a score of top + 45.06. e^t = 2^x is bounded above by its chord
+// (1 + x - floor(x)) * 2^floor(x).
+ENGINE_INLINE bool word_limit(float top, float best, uint32_t* limit) {
+    const double magnitude = top < 0 ? -static_cast<double>(top) : top;
+    const double t = static_cast<double>(top) - best + (1e-4 + magnitude * 0x1p-22);
+    *limit = ~0u;
+    if (!(t < 0)) return true;
+    if (t < -45.5) return false;
+    *limit = kTailWords - 1;
+    const double x = t * 1.4426950408889634;
+    const int whole = static_cast<int>(x) - 1;  // floor(x), or one less where x is an integer: the chord ends there with the same value
+    if (whole < -25) return true;
+    const double bound = (1.0 + (x - whole)) * static_cast<double>(uint64_t{1} << (32 + whole));
+    const uint64_t words = static_cast<uint64_t>(bound) + 1;
+    *limit = words > ~0u ? ~0u : words < kTailWords ? kTailWords - 1 : static_cast<uint32_t>(words);
+    return true;
+}
 
 }  // namespace ENGINE_ISA
 }  // namespace engine

@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kChunk = 4096;              // a multiple of kBlock
 constexpr int64_t kSplitAbove = 1 << 16;      // vocabularies above this are split over threads when there are few rows
+constexpr int64_t kFewCandidates = 1024;      // up to here their words are made one by one
 constexpr float kGreedyBelow = 1e-5f;         // temperatures below this are greedy
 constexpr int kNan = 1, kNothingAllowed = 2;  // STATUS_* of api.py
 constexpr float kInf = __builtin_inff();
@@ -34,7 +35,7 @@ struct ChunkStats {
 
 struct Best {
     float score;
-    int64_t token;  // -1: none yet
+    int64_t token;
 };
 
 struct Row {
@@ -47,7 +48,8 @@ struct Row {
     NoiseKey key;
     // scratch
     float* block_z;     // [blocks] largest z of each block
-    float* candidates;  // [blocks * kBlock]
+    float* candidates;  // [blocks * kBlock] z of the tokens that may pass top-k, and which they are
+    int32_t* tokens;    // [blocks * kBlock]
     float* penalised;   // [vocab]
     ChunkStats* stats;  // [chunks]
     Best* best;         // [chunks]
@@ -68,6 +70,7 @@ int64_t lay_out(Row* row, char* memory) {
     };
     row->block_z = reinterpret_cast<float*>(take(row->blocks() * 4));
     row->candidates = reinterpret_cast<float*>(take(row->blocks() * kBlock * 4));
+    row->tokens = reinterpret_cast<int32_t*>(take(row->blocks() * kBlock * 4));
     row->penalised = reinterpret_cast<float*>(take(row->vocab * 4));
     row->stats = reinterpret_cast<ChunkStats*>(take(row->chunks() * static_cast<int64_t>(sizeof(ChunkStats))));
     row->best = reinterpret_cast<Best*>(take(row->chunks() * static_cast<int64_t>(sizeof(Best))));
@@ -123,8 +126,10 @@ float exp_sum(const float* p, int64_t n, float top) {
     const VecF reference = set1(top == -kInf ? 0.0f : top);
     VecF sum[2] = {zero(), zero()};
     int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        __builtin_prefetch(p + i + kChunk, 0, 2);  // the next chunk, while this one keeps the arithmetic busy
         for (int j = 0; j < 2; ++j) sum[j] = add_exp(sum[j], sub(load(p + i + j * kLanes), reference));
+    }
     for (; i < n; i += kLanes) {
         float padded[kLanes];
         for (int j = 0; j < kLanes; ++j) padded[j] = i + j < n ? p[i + j] : -kInf;
@@ -179,7 +184,7 @@ ENGINE_INLINE void block_of_z(const Row& row, int64_t b, float* z) {
     for (int64_t i = n; i < kBlock; ++i) z[i] = -kInf;
 }
 
-// A lower bound of the k-th largest z: the k-th largest of the maxima of more than k groups of tokens. The groups are the blocks or, where
+// A lower bound of the k-th largest z: the k-th largest of the maxima of at least k groups of tokens. The groups are the blocks or, where
 // those are too few, the tokens of a block that share a remainder modulo kGroups.
 float threshold_bound(const Row& row) {
     constexpr int kGroups = 16;
@@ -198,50 +203,55 @@ float threshold_bound(const Row& row) {
     return kth_largest(row.candidates, blocks * kGroups, row.k);
 }
 
-// The k-th largest z of the row; -inf if it has fewer than k tokens above -inf.
-float threshold(const Row& row) {
+struct Filter {
+    float tau;      // tokens with z >= tau are kept
+    int64_t count;  // of candidates, ascending by token, which hold all that are kept
+};
+
+// tau is the k-th largest z of the row; -inf if it has fewer than k tokens above -inf.
+Filter top_k_filter(const Row& row) {
     const float bound = threshold_bound(row);
     const float lowest = bound == -kInf ? -__FLT_MAX__ : bound;  // -inf itself is never drawn
-    int64_t found = 0;
+    int64_t count = 0;
     for (int64_t b = 0; b < row.blocks(); ++b) {
         if (row.block_z[b] < lowest) continue;
         float z[kBlock];
         block_of_z(row, b, z);
         for (int i = 0; i < kBlock; i += kMaskLanes)
-            for (uint32_t bits = at_least(z + i, lowest); bits != 0; bits &= bits - 1) row.candidates[found++] = z[i + __builtin_ctz(bits)];
+            for (uint32_t bits = at_least(z + i, lowest); bits != 0; bits &= bits - 1) {
+                const int at = i + __builtin_ctz(bits);
+                row.candidates[count] = z[at];
+                row.tokens[count++] = static_cast<int32_t>(b * kBlock + at);
+            }
     }
-    return found >= row.k ? kth_largest(row.candidates, found, row.k) : -kInf;
+    return {count >= row.k ? kth_largest(row.candidates, count, row.k) : -kInf, count};
 }
 
 // ---- 3. race ----
 
 ENGINE_INLINE bool better(Best a, Best b) { return a.score > b.score || (a.score == b.score && a.token < b.token); }
 
-// The 32 further bits of a token's word; 0 where they are not used.
-ENGINE_INLINE uint32_t tail_word(NoiseKey key, int64_t token, uint32_t word) {
-    return word < kTailWords ? noise_words(key, static_cast<uint32_t>(token / 4), kDomainTail).word[token & 3] : 0;
+// Let a token with its z and word compete with `best`; true if it is the new best.
+ENGINE_INLINE bool compete(const Row& row, int64_t token, float z, uint32_t word, Best* best) {
+    const uint32_t tail = word < kTailWords ? noise_words(row.key, static_cast<uint32_t>(token / 4), kDomainTail).word[token & 3] : 0;
+    const Best mine = {z - fixed_log(noise_exponential(word, tail)), token};
+    if (!better(mine, *best)) return false;
+    *best = mine;
+    return true;
 }
 
-// Which tokens of a block whose largest z is `top` can still reach `best`: false if none, else those with a word <= *limit.
-//
-// With t = top - best + margin < 0: E >= u > e^t makes the exact score z - log(E) < best - margin. The computed score differs from the
-// exact one by less than 2.1e-7 (E) + 8.3e-8 * 17.4 (log(E), for a word of kTailWords or more) + 2^-24 (|top| + 18) (last subtraction),
-// all within the margin. A smaller word's u reaches down to 2^-65, a score of top + 45.06. e^t = 2^x is bounded above by its chord
-// (1 + x - floor(x)) * 2^floor(x).
-ENGINE_INLINE bool word_limit(float top, float best, uint32_t* limit) {
-    const double magnitude = top < 0 ? -static_cast<double>(top) : top;
-    const double t = static_cast<double>(top) - best + (1e-4 + magnitude * 0x1p-22);
-    *limit = ~0u;
-    if (!(t < 0)) return true;
-    if (t < -45.5) return false;
-    *limit = kTailWords - 1;
-    const double x = t * 1.4426950408889634;
-    const int whole = static_cast<int>(x) - 1;  // <= floor(x): where x is an integer, one less, and the chord is the same
-    if (whole < -25) return true;
-    const double bound = (1.0 + (x - whole)) * static_cast<double>(uint64_t{1} << (32 + whole));
-    const uint64_t words = static_cast<uint64_t>(bound) + 1;
-    *limit = words > ~0u ? ~0u : words < kTailWords ? kTailWords - 1 : static_cast<uint32_t>(words);
-    return true;
+// The winner among few candidates, one by one.
+int64_t race_candidates(const Row& row, Filter filter) {
+    Best best = {-kInf, row.vocab};
+    for (int64_t i = 0; i < filter.count; ++i) {
+        const float z = row.candidates[i];
+        uint32_t limit;
+        if (z < filter.tau || !word_limit(z, best.score, &limit)) continue;
+        const int32_t token = row.tokens[i];
+        const uint32_t word = noise_words(row.key, static_cast<uint32_t>(token / 4), kDomainSample).word[token & 3];
+        if (word <= limit) compete(row, token, z, word, &best);
+    }
+    return best.token;
 }
 
 // Let the tokens of block b with z >= tau compete with `best`.
@@ -260,10 +270,7 @@ void race_block(const Row& row, const BlockNoise& noise, int64_t b, float tau, B
             const float z = row.logits[token] / row.temperature;
             uint32_t own_limit;
             if (z < tau || z == -kInf || !word_limit(z, best->score, &own_limit) || words[at] > own_limit) continue;
-            const Best mine = {z - fixed_log(noise_exponential(words[at], tail_word(row.key, token, words[at]))), token};
-            if (!better(mine, *best)) continue;
-            *best = mine;
-            word_limit(top, best->score, &limit);
+            if (compete(row, token, z, words[at], best)) word_limit(top, best->score, &limit);
         }
 }
 
@@ -324,7 +331,9 @@ int choose(const Row& row, bool split, int64_t* token, float* log_probability) {
         *token = first_block * kBlock;
         while (row.logits[*token] / row.temperature != top) ++*token;
     } else {
-        *token = race(row, row.k > 0 ? threshold(row) : -kInf, first_block, split);
+        const Filter filter = row.k > 0 ? top_k_filter(row) : Filter{-kInf, row.vocab};
+        const bool few = row.k > 0 && filter.count <= kFewCandidates;
+        *token = few ? race_candidates(row, filter) : race(row, filter.tau, first_block, split);
     }
     *log_probability = logprob(row, *token, top_raw);
     return 0;
@@ -369,30 +378,10 @@ void sample(const SampleArgs& a) {
         for (int64_t r = 0; r < a.rows; ++r) sample_row(a, r, kCallScratch, true);
         return;
     }
-    parallel_for(a.rows, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = 1 + kChunk / a.vocab;  // short rows are not worth waking a thread for
+    parallel_for(a.rows, grain, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) sample_row(a, r, kThreadScratch, false);
     });
-}
-
-void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows) {
-    const NoiseKey key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(position), static_cast<uint32_t>(stream)};
-    const BlockNoise noise = block_noise(key);
-    for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-        uint32_t block[kBlock];
-        block_words(noise, static_cast<uint32_t>(begin), block);
-        const int64_t n = smaller(kBlock, vocab - begin);
-        memcpy(words + begin, block, static_cast<size_t>(n) * 4);
-        memset(lows + begin, 0, static_cast<size_t>(n) * 4);
-        if (!any_at_most(block, kTailWords - 1)) continue;
-        for (int64_t i = begin; i < begin + n; ++i) lows[i] = tail_word(key, i, words[i]);
-    }
-}
-
-void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential) {
-    for (int64_t i = 0; i < n; ++i) {
-        exponential[i] = noise_exponential(words[i], lows[i]);
-        log_exponential[i] = fixed_log(exponential[i]);
-    }
 }
 
 }  // namespace ENGINE_ISA
