@@ -1,7 +1,8 @@
 """Argument checks shared by the backends: one clear ``ValueError`` or ``TypeError`` that names the argument and what it was.
 
-They run about a hundred times per decode step, so they are plain comparisons. Indices inside tensors (slots, block tables, token ids)
-are checked by each backend where it reads them.
+They run about a hundred times per decode step, so they are plain comparisons; the ops with many arguments first test for the usual call in
+one expression (``_usual_*``) and look closer only when it fails. Indices inside tensors (slots, block tables, token ids) are checked by
+each backend where it reads them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ CACHE_DTYPES = (torch.float32, torch.bfloat16)
 _F32 = (torch.float32,)
 _I32 = (torch.int32,)
 SUB_BLOCK = 16  # tokens that lie side by side in the key cache
+_HEAD_DIMS = range(8, 257, 8)
 
 
 def _dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -134,9 +136,65 @@ def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
     return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
 
 
+def _usual_cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape | None:
+    num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
+    block_size = sub_blocks * SUB_BLOCK
+    if (
+        (key_cache.dtype is torch.float32 or key_cache.dtype is torch.bfloat16)
+        and key_cache.dtype is value_cache.dtype
+        and lanes == SUB_BLOCK
+        and num_kv_heads >= 1
+        and sub_blocks >= 1
+        and head_dim in _HEAD_DIMS
+        and value_cache.shape == (num_blocks, num_kv_heads, block_size, head_dim)
+        and key_cache.is_contiguous()
+        and value_cache.is_contiguous()
+        and key_cache.is_cpu
+        and value_cache.is_cpu
+    ):
+        return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
+    return None
+
+
 def _heads(num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_heads must be a positive multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+
+
+def _usual_rope_append(
+    qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, num_heads: int
+) -> CacheShape | None:
+    try:
+        sizes = _usual_cache(key_cache, value_cache)
+        if sizes is None:
+            return None
+        tokens = len(positions)
+        table = cos.shape
+        if (
+            qkv.dtype is cos.dtype is sin.dtype is torch.float32
+            and positions.dtype is slots.dtype is torch.int32
+            and qkv.shape == (tokens, (num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim)
+            and positions.shape == slots.shape == (tokens,)
+            and table == sin.shape
+            and len(table) == 2
+            and table[1] * 2 <= sizes.head_dim
+            and num_heads >= 1
+            and num_heads % sizes.num_kv_heads == 0
+            and qkv.is_contiguous()
+            and positions.is_contiguous()
+            and slots.is_contiguous()
+            and cos.is_contiguous()
+            and sin.is_contiguous()
+            and qkv.is_cpu
+            and positions.is_cpu
+            and slots.is_cpu
+            and cos.is_cpu
+            and sin.is_cpu
+        ):
+            return sizes
+    except (AttributeError, TypeError, ValueError):  # not tensors, or of other dimensions
+        pass
+    return None
 
 
 def rope_append(
@@ -151,6 +209,10 @@ def rope_append(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
 ) -> CacheShape:
+    if q_norm is None and k_norm is None:
+        usual = _usual_rope_append(qkv, positions, slots, cos, sin, key_cache, value_cache, num_heads)
+        if usual is not None:
+            return usual
     sizes = cache(key_cache, value_cache)
     head_dim = sizes.head_dim
     _heads(num_heads, sizes.num_kv_heads)
@@ -193,6 +255,39 @@ def rope_append(
     return sizes
 
 
+def _usual_paged_attention(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, window: int
+) -> CacheShape | None:
+    try:
+        sizes = _usual_cache(key_cache, value_cache)
+        if sizes is None:
+            return None
+        _, num_heads, head_dim = q.shape
+        sequences, _ = block_table.shape
+        if (
+            q.dtype is torch.float32
+            and block_table.dtype is query_start.dtype is context_len.dtype is torch.int32
+            and head_dim == sizes.head_dim
+            and num_heads >= 1
+            and num_heads % sizes.num_kv_heads == 0
+            and context_len.shape == (sequences,)
+            and query_start.shape == (sequences + 1,)
+            and window >= 0
+            and q.is_contiguous()
+            and block_table.is_contiguous()
+            and query_start.is_contiguous()
+            and context_len.is_contiguous()
+            and q.is_cpu
+            and block_table.is_cpu
+            and query_start.is_cpu
+            and context_len.is_cpu
+        ):
+            return sizes
+    except (AttributeError, TypeError, ValueError):  # not tensors, or of other dimensions
+        pass
+    return None
+
+
 def paged_attention(
     q: Tensor,
     key_cache: Tensor,
@@ -202,6 +297,9 @@ def paged_attention(
     context_len: Tensor,
     window: int,
 ) -> CacheShape:
+    usual = _usual_paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
+    if usual is not None:
+        return usual
     sizes = cache(key_cache, value_cache)
     _plain("q", q, _F32, 3, "[T, num_heads, head_dim]")
     if q.shape[2] != sizes.head_dim:

@@ -48,6 +48,34 @@ def _on_cpu(name: str, t: Tensor) -> None:
 # ---- linear ----
 
 
+def _linear_segments(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor | None
+) -> tuple[int, tuple[int, ...]] | None:
+    """The width of the result and the flat tuple that ``_cpu.linear`` takes, or None where ``checks.linear`` must say what is wrong."""
+    rows, k = x.shape
+    dtype = weights[0].dtype
+    if x.dtype is not _F32 or not x.is_cpu or dtype not in _DTYPE or (biases is not None and len(biases) != len(weights)):
+        return None
+    width = 0
+    segments: tuple[int, ...] = ()
+    for i, w in enumerate(weights):
+        n, depth = w.shape
+        if depth != k or w.dtype is not dtype or not w.is_contiguous() or not w.is_cpu:
+            return None
+        width += n
+        bias = None if biases is None else biases[i]
+        if bias is None:
+            segments += (w.data_ptr(), n, 0, 0)
+            continue
+        if (bias.dtype is not dtype and bias.dtype is not _F32) or bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
+            return None
+        segments += (w.data_ptr(), n, bias.data_ptr(), _DTYPE[bias.dtype])
+    for t in (residual, out):
+        if t is not None and (t.dtype is not _F32 or t.shape != (rows, width) or not t.is_contiguous() or not t.is_cpu):
+            return None
+    return width, segments
+
+
 def linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -56,16 +84,23 @@ def linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    width = checks.linear(x, weights, biases, residual, out)
+    """See ``api.linear``; at most 16 weights."""
+    try:
+        found = _linear_segments(x, weights, biases, residual, out)
+    except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, not two dimensions, no weight
+        found = None
+    row_stride, unit = x.stride() if found else (0, 0)
+    if found is None or (unit != 1 and x.shape[1] > 1):
+        checks.linear(x, weights, biases, residual, out)
+        _on_cpu("x", x)
+        raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
+    width, segments = found
+    rows, k = x.shape
     if out is None:
-        out = torch.empty((x.shape[0], width), dtype=_F32)
-    segments: list[int] = []
-    for i, w in enumerate(weights):
-        bias = None if biases is None else biases[i]
-        segments += (w.data_ptr(), w.shape[0], 0 if bias is None else bias.data_ptr(), 0 if bias is None else _DTYPE[bias.dtype])
+        out = x.new_empty((rows, width))
     _cpu.linear(
-        x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], tuple(segments), _DTYPE[weights[0].dtype],
-        0 if residual is None else residual.data_ptr(), out.data_ptr(),
+        x.data_ptr(), row_stride, rows, k, segments, _DTYPE[weights[0].dtype], 0 if residual is None else residual.data_ptr(),
+        out.data_ptr(),
     )  # fmt: skip
     return out
 

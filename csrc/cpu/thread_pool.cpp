@@ -141,13 +141,13 @@ class Pool {
     std::vector<std::thread> workers_;
 };
 
-// Guards pool and wanted, and is held for the length of a parallel_for. Never destroyed: worker threads may outlive static destructors.
+// Guards pool, and is held for the length of a parallel_for. Never destroyed: worker threads may outlive static destructors.
 std::mutex& turn() {
     static std::mutex* mutex = new std::mutex;
     return *mutex;
 }
 Pool* pool = nullptr;
-int wanted = 0;
+std::atomic<int> wanted{0};  // 0: not asked for yet
 
 // A fork copies only the forking thread: wait until no job runs, and in the child forget the pool (its threads do not exist there; joining
 // or freeing it would hang, so its memory is given up) and start a new one on demand.
@@ -165,8 +165,13 @@ void after_fork_in_child() {
 [[maybe_unused]] const int registered = pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 
 int wanted_threads() {
-    if (wanted == 0) wanted = default_threads();
-    return wanted;
+    int n = wanted.load(std::memory_order_relaxed);
+    if (n == 0) {
+        int none = 0;
+        n = default_threads();
+        if (!wanted.compare_exchange_strong(none, n)) n = none;
+    }
+    return n;
 }
 
 struct Buffer {
@@ -177,15 +182,13 @@ struct Buffer {
 
 }  // namespace
 
-int num_threads() {
-    std::lock_guard<std::mutex> lock(turn());
-    return wanted_threads();
-}
+int num_threads() { return wanted_threads(); }
 
 void set_num_threads(int n) {
     std::lock_guard<std::mutex> lock(turn());
-    wanted = n < 1 ? 1 : n;
-    if (pool != nullptr && pool->size() != wanted) {
+    n = n < 1 ? 1 : n;
+    wanted.store(n);
+    if (pool != nullptr && pool->size() != n) {
         delete pool;
         pool = nullptr;
     }

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from engine import kernels
 from engine.kernels import checks, reference
 
-HEAD_DIMS = (8, 16, 32, 40, 48, 64, 80, 96, 128, 256)
+HEAD_DIMS: tuple[int, ...] = (8, 16, 32, 40, 48, 64, 80, 96, 128, 256)
 HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2))
-CONTEXTS = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
-QUERIES = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
+CONTEXTS: tuple[int, ...] = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
+QUERIES: tuple[int, ...] = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
 WINDOWS = (0, 1, 16, 100)
 GARBAGE = -123456  # in block tables where nothing may be read
 NAN = float("nan")
@@ -353,7 +353,7 @@ BAD: dict[str, tuple[Callable[[Batch], Batch], type[Exception], str]] = {
     "block low": (_entry("block_table", (1, 2), -1), ValueError, r"block_table.* got -1"),
     "block high": (_entry("block_table", (0, 1), 99), ValueError, r"block_table.* got 99"),
     "window": (lambda b: replace(b, window=-1), ValueError, "window must be >= 0 .*, got -1"),
-    "not a tensor": (lambda b: replace(b, context_len=[20, 40]), TypeError, "context_len must be a tensor, got list"),
+    "not a tensor": (lambda b: replace(b, context_len=cast(Tensor, [20, 40])), TypeError, "context_len must be a tensor, got list"),
 }
 
 
