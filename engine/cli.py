@@ -20,9 +20,9 @@ from .kv_cache import block_bytes
 from .outputs import RequestOutput
 
 DEMO_PROMPTS = (
-    'def read_csv(path):\n    """Read a CSV file."""\n',
-    "class Stack:\n    def __init__(self):\n",
-    "import os\nimport sys\n\ndef main(argv=None):\n",
+    "def read_csv(path):",
+    "def is_prime(n):\n    if n <",
+    "    try:\n        with open(filename) as f:",
 )
 
 
