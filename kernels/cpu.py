@@ -48,14 +48,21 @@ def _on_cpu(name: str, t: Tensor) -> None:
 # ---- linear ----
 
 
-def _linear_segments(
+def _linear_plan(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor | None
-) -> tuple[int, tuple[int, ...]] | None:
-    """The width of the result and the flat tuple that ``_cpu.linear`` takes, or None where ``checks.linear`` must say what is wrong."""
+) -> tuple[int, int, int, int, tuple[int, ...]] | None:
+    """Rows, width of the result, and what ``_cpu.linear`` takes: x's row stride, K, the weights as one flat tuple. None where
+    ``checks.linear`` must say what is wrong."""
     rows, k = x.shape
     dtype = weights[0].dtype
     if x.dtype is not _F32 or not x.is_cpu or dtype not in _DTYPE or (biases is not None and len(biases) != len(weights)):
         return None
+    if x.is_contiguous():
+        row_stride = k
+    else:
+        row_stride, unit = x.stride()
+        if unit != 1 and k > 1:
+            return None
     width = 0
     segments: tuple[int, ...] = ()
     for i, w in enumerate(weights):
@@ -63,17 +70,18 @@ def _linear_segments(
         if depth != k or w.dtype is not dtype or not w.is_contiguous() or not w.is_cpu:
             return None
         width += n
-        bias = None if biases is None else biases[i]
-        if bias is None:
+        if biases is None or (bias := biases[i]) is None:
             segments += (w.data_ptr(), n, 0, 0)
             continue
         if (bias.dtype is not dtype and bias.dtype is not _F32) or bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
             return None
         segments += (w.data_ptr(), n, bias.data_ptr(), _DTYPE[bias.dtype])
-    for t in (residual, out):
-        if t is not None and (t.dtype is not _F32 or t.shape != (rows, width) or not t.is_contiguous() or not t.is_cpu):
-            return None
-    return width, segments
+    shape = (rows, width)
+    if residual is not None and not (residual.dtype is _F32 and residual.shape == shape and residual.is_contiguous() and residual.is_cpu):
+        return None
+    if out is not None and not (out.dtype is _F32 and out.shape == shape and out.is_contiguous() and out.is_cpu):
+        return None
+    return rows, width, row_stride, k, segments
 
 
 def linear(
@@ -86,16 +94,14 @@ def linear(
 ) -> Tensor:
     """See ``api.linear``; at most 16 weights."""
     try:
-        found = _linear_segments(x, weights, biases, residual, out)
+        plan = _linear_plan(x, weights, biases, residual, out)
     except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, not two dimensions, no weight
-        found = None
-    row_stride, unit = x.stride() if found else (0, 0)
-    if found is None or (unit != 1 and x.shape[1] > 1):
+        plan = None
+    if plan is None:
         checks.linear(x, weights, biases, residual, out)
         _on_cpu("x", x)
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
-    width, segments = found
-    rows, k = x.shape
+    rows, width, row_stride, k, segments = plan
     if out is None:
         out = x.new_empty((rows, width))
     _cpu.linear(

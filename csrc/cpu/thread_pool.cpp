@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -25,17 +26,29 @@ inline void pause() {
 #endif
 }
 
+// CPUs' worth of time that the control group grants (a container's limit), or 0 where there is no such limit.
+int quota_cpus() {
+    long long quota = 0, period = 0;
+    if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        if (std::fscanf(file, "%lld %lld", &quota, &period) != 2) quota = 0;  // "max": none
+        std::fclose(file);
+    }
+    return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
+}
+
 int default_threads() {
     if (const char* text = std::getenv("ENGINE_NUM_THREADS")) {
         const int n = std::atoi(text);
         if (n >= 1) return n;
     }
+    int cpus = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0 && CPU_COUNT(&set) >= 1) return CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
 #endif
-    const unsigned n = std::thread::hardware_concurrency();
-    return n >= 1 ? static_cast<int>(n) : 1;
+    const int quota = quota_cpus();
+    if (quota > 0 && quota < cpus) cpus = quota;
+    return cpus >= 1 ? cpus : 1;
 }
 
 thread_local bool inside = false;  // this thread is running chunks: a nested parallel_for runs inline

@@ -5,7 +5,8 @@
 
 namespace engine {
 
-// Threads that take part in a parallel_for, the caller included. Default: ENGINE_NUM_THREADS, else the CPUs this process may run on.
+// Threads that take part in a parallel_for, the caller included. Default: ENGINE_NUM_THREADS, else the CPUs this process may run on (its
+// affinity mask, and its control group's quota if that is less).
 int num_threads();
 void set_num_threads(int n);  // n >= 1; waits for a running parallel_for to end
 

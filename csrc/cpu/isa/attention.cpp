@@ -52,7 +52,6 @@ struct Work {
     const int64_t head_dim = a.head_dim, group = a.num_heads / a.num_kv_heads, rows = item.row_end - item.row_begin;
     // Rows are cut evenly into tiles of at most six.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-    const int64_t chunk_lines = kSubBlock * head_dim * int64_t{sizeof(T)} / 64;
 
     int64_t tile[kAttentionMaxRows / kTileRows + 2];  // tile i: rows [tile[i], tile[i + 1])
     float *q, *split_sums, *sums, *scores;            // scratch
@@ -60,13 +59,11 @@ struct Work {
     int64_t oldest, newest;  // [oldest, newest) is what some row sees
     Softmax states[kAttentionMaxRows];
 
-    // Of the current split: what each row sees of it, and its sub-blocks: `count` of keys, as many of values, and what comes next.
-    int64_t base, count, listed;
-    AttentionRange inside[kAttentionMaxRows];
+    // Of the current split, which starts at token `base`:
+    int64_t base, first_chunk, count;          // the sub-blocks [first_chunk, first_chunk + count) from its start are seen by some row
+    const T* chunks[2 * kMaxChunks];           // where their keys lie, then their values
+    AttentionRange inside[kAttentionMaxRows];  // what each row sees, from `base`
     Softmax splits[kAttentionMaxRows];
-    const T* chunks[2 * kMaxChunks + kFetchGroup];
-    int64_t first_chunk;  // of the split, counted from its start
-    const char* next_chunks[kFetchGroup];
 
     Work(const AttentionArgs& args, const AttentionItem& work_item) : a(args), item(work_item) {}  // the arrays stay uninitialised
 
@@ -96,22 +93,13 @@ struct Work {
         first_chunk = max64(oldest - base, 0) / kSubBlock;
         const int64_t last_chunk = (min64(newest - base, kAttentionSplit) + kSubBlock - 1) / kSubBlock;
         count = last_chunk - first_chunk;
-        // The next split's first keys follow, to be prefetched.
-        const int64_t start = base / kSubBlock + first_chunk, total = (newest + kSubBlock - 1) / kSubBlock;
-        const int64_t following = split + 1 < item.split_end ? min64(kFetchGroup, total - start - count) : 0;
-        listed = 2 * count + following;
-        const int64_t per_block = a.block_size / kSubBlock, elements = kSubBlock * head_dim;
+        const int64_t start = base / kSubBlock + first_chunk, per_block = a.block_size / kSubBlock;
         const int32_t* block = a.block_table + item.sequence * a.max_blocks + start / per_block;
         int64_t sub_block = start % per_block;
-        for (int64_t c = 0; c < count + following; ++c) {
-            const int64_t offset = ((*block * a.num_kv_heads + item.kv_head) * per_block + sub_block) * elements;
-            const T* keys = static_cast<const T*>(a.key_cache) + offset;
-            if (c < count) {
-                chunks[c] = keys;
-                chunks[count + c] = static_cast<const T*>(a.value_cache) + offset;
-            } else {
-                chunks[count + c] = keys;
-            }
+        for (int64_t c = 0; c < count; ++c) {
+            const int64_t offset = ((*block * a.num_kv_heads + item.kv_head) * per_block + sub_block) * kSubBlock * head_dim;
+            chunks[c] = static_cast<const T*>(a.key_cache) + offset;
+            chunks[count + c] = static_cast<const T*>(a.value_cache) + offset;
             if (++sub_block == per_block) {
                 sub_block = 0;
                 ++block;
@@ -119,35 +107,24 @@ struct Work {
         }
     }
 
-    // What to prefetch while sub-block `c` of the list is computed, in `requests` requests. Past the end the last sub-block stands in.
-    Fetch fetch_during(int64_t c, int64_t requests) {
-        if (c % kFetchGroup == 0) set_next(c + kFetchGroup);
-        return {next_chunks, c % kFetchGroup * chunk_lines * kFetchOne, chunk_lines * kFetchOne / requests};
-    }
-    void set_next(int64_t c) {
-        for (int64_t g = 0; g < kFetchGroup; ++g) next_chunks[g] = reinterpret_cast<const char*>(chunks[min64(c + g, listed - 1)]);
-    }
-
     void compute_scores() {
         int64_t c = 0;
         if (rows <= 2) {  // several sub-blocks at once, for enough independent sums
             const int64_t together = rows == 1 ? 4 : 2;
             for (; c + together <= count; c += together) {
-                Fetch fetch = fetch_during(c, head_dim);
                 float* target = scores + (first_chunk + c) * kSubBlock;
                 if (rows == 1) {
-                    score_tile<T, 1, 4>(q, chunks + c, &fetch, head_dim, a.scale, target);
+                    score_tile<T, 1, 4>(q, chunks + c, head_dim, a.scale, target);
                 } else {
-                    score_tile<T, 2, 2>(q, chunks + c, &fetch, head_dim, a.scale, target);
+                    score_tile<T, 2, 2>(q, chunks + c, head_dim, a.scale, target);
                 }
             }
         }
         for (; c < count; ++c) {
             const int64_t column = (first_chunk + c) * kSubBlock, begin = base + column;
-            Fetch fetch = fetch_during(c, tiles * head_dim);
             for (int64_t i = 0; i < tiles; ++i) {
                 if (seen[tile[i + 1] - 1].end <= begin || seen[tile[i]].begin >= begin + kSubBlock) continue;
-                score_rows<T>(tile_rows(i), q + tile[i] * head_dim, chunks + c, &fetch, head_dim, a.scale,
+                score_rows<T>(tile_rows(i), q + tile[i] * head_dim, chunks + c, head_dim, a.scale,
                               scores + tile[i] * kScoreStride + column);
             }
         }
@@ -162,32 +139,28 @@ struct Work {
     }
 
     // Add tokens [from, to) of the sub-block of values that starts at token `begin` to rows [r0, r1), which all see them.
-    void add_values(int64_t r0, int64_t r1, int64_t from, int64_t to, int64_t begin, const T* values, Fetch* fetch) {
+    void add_values(int64_t r0, int64_t r1, int64_t from, int64_t to, int64_t begin, const T* values) {
         if (from < to)
-            value_rows<T>(static_cast<int>(r1 - r0), scores + r0 * kScoreStride + from, values + (from - begin) * head_dim, fetch,
-                          to - from, head_dim, split_sums + r0 * head_dim);
+            value_rows<T>(static_cast<int>(r1 - r0), scores + r0 * kScoreStride + from, values + (from - begin) * head_dim, to - from,
+                          head_dim, split_sums + r0 * head_dim);
     }
 
     void compute_sums() {
         memset(split_sums, 0, static_cast<size_t>(rows * head_dim) * sizeof(float));
-        const int64_t requests =
-            max64(value_requests(tile_rows(0), head_dim, sizeof(T)), value_requests(tile_rows(tiles - 1), head_dim, sizeof(T)));
         for (int64_t c = 0; c < count; ++c) {
             const T* values = chunks[count + c];
             const int64_t begin = (first_chunk + c) * kSubBlock, end = begin + kSubBlock;
-            Fetch fetch = fetch_during(count + c, tiles * kSubBlock * requests);
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t r0 = tile[i], r1 = tile[i + 1];
                 const int64_t from = max64(inside[r1 - 1].begin, begin), to = max64(min64(inside[r0].end, end), from);
                 // Tokens that only some rows of the tile see are added row by row, before and after the common ones.
-                Fetch none = {fetch.chunks, fetch.at, 0};
                 if (inside[r0].begin < from)
                     for (int64_t r = r0; r < r1; ++r)
-                        add_values(r, r + 1, max64(inside[r].begin, begin), min64(min64(inside[r].end, end), from), begin, values, &none);
-                add_values(r0, r1, from, to, begin, values, &fetch);
+                        add_values(r, r + 1, max64(inside[r].begin, begin), min64(min64(inside[r].end, end), from), begin, values);
+                add_values(r0, r1, from, to, begin, values);
                 if (min64(inside[r1 - 1].end, end) > to)
                     for (int64_t r = r0; r < r1; ++r)
-                        add_values(r, r + 1, max64(max64(inside[r].begin, begin), to), min64(inside[r].end, end), begin, values, &none);
+                        add_values(r, r + 1, max64(max64(inside[r].begin, begin), to), min64(inside[r].end, end), begin, values);
             }
         }
     }
@@ -212,11 +185,6 @@ struct Work {
         prepare();
         for (int64_t split = item.split_begin; split < item.split_end; ++split) {
             list_chunks(split);
-            if (split == item.split_begin) {
-                set_next(0);
-                Fetch fetch = {next_chunks, 0, kFetchOne};
-                for (int64_t i = 0; i < min64(kFetchGroup, listed) * chunk_lines; ++i) request(&fetch);
-            }
             compute_scores();
             compute_weights();
             compute_sums();

@@ -44,37 +44,16 @@ ENGINE_INLINE void unpair(const BF16*, [[maybe_unused]] VecF* a, [[maybe_unused]
 #endif
 }
 
-// ---- prefetching ----
-// Sub-blocks lie in pages of their own all over the cache, and a stream that crosses from one to the next waits for the page walk. So while
-// a group of sub-blocks is computed, the lines of the next group are asked for (into the second-level cache) in turns, one line of each:
-// walks and DRAM banks then overlap (measured: 1.4 times the speed of one sub-block after the other). Requests are spread evenly over the
-// steps of the computation.
-struct Fetch {
-    const char* const* chunks;  // the sub-blocks of the next group
-    int64_t at, rate;           // lines requested so far and per request, both times 2^16
-};
-constexpr int64_t kFetchOne = 1 << 16;
-constexpr int kFetchGroup = 8;
-
-ENGINE_INLINE void request(Fetch* fetch) {
-    const uint64_t line = static_cast<uint64_t>(fetch->at) >> 16;
-    __builtin_prefetch(fetch->chunks[line % kFetchGroup] + line / kFetchGroup * 64, 0, 2);
-    fetch->at += fetch->rate;
-}
-
 // ---- scores: R rows x B sub-blocks ----
 // q: [head_dim][R]. keys[b]: [head_dim][16]. scores: row r at r * kScoreStride.
 template <class T, int R, int B>
-__attribute__((noinline)) void score_tile(const float* q, const T* const* keys, Fetch* fetch, int64_t head_dim, float scale,
-                                          float* scores) {
+__attribute__((noinline)) void score_tile(const float* q, const T* const* keys, int64_t head_dim, float scale, float* scores) {
     VecF acc[R][B][kVecs];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
             for (int v = 0; v < kVecs; ++v) acc[r][b][v] = zero();
-    Fetch next = *fetch;
     for (int64_t d = 0; d < head_dim; ++d) {
         for (int b = 0; b < B; ++b) {
-            request(&next);
             VecF k[kVecs];
             if constexpr (kVecs == 2) {
                 load_pair(keys[b] + d * kSubBlock, &k[0], &k[1]);
@@ -85,7 +64,6 @@ __attribute__((noinline)) void score_tile(const float* q, const T* const* keys, 
                 for (int v = 0; v < kVecs; ++v) acc[r][b][v] = fma(set1(q[d * R + r]), k[v], acc[r][b][v]);
         }
     }
-    fetch->at = next.at;
     for (int r = 0; r < R; ++r) {
         for (int b = 0; b < B; ++b) {
             if constexpr (kVecs == 2) unpair(keys[b], &acc[r][b][0], &acc[r][b][1]);
@@ -95,20 +73,20 @@ __attribute__((noinline)) void score_tile(const float* q, const T* const* keys, 
 }
 
 template <class T>
-void score_rows(int rows, const float* q, const T* const* keys, Fetch* fetch, int64_t head_dim, float scale, float* scores) {
+void score_rows(int rows, const float* q, const T* const* keys, int64_t head_dim, float scale, float* scores) {
     switch (rows) {
         case 1:
-            return score_tile<T, 1, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 1, 1>(q, keys, head_dim, scale, scores);
         case 2:
-            return score_tile<T, 2, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 2, 1>(q, keys, head_dim, scale, scores);
         case 3:
-            return score_tile<T, 3, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 3, 1>(q, keys, head_dim, scale, scores);
         case 4:
-            return score_tile<T, 4, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 4, 1>(q, keys, head_dim, scale, scores);
         case 5:
-            return score_tile<T, 5, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 5, 1>(q, keys, head_dim, scale, scores);
         default:
-            return score_tile<T, 6, 1>(q, keys, fetch, head_dim, scale, scores);
+            return score_tile<T, 6, 1>(q, keys, head_dim, scale, scores);
     }
 }
 
@@ -139,13 +117,11 @@ void softmax_split(float* scores, int64_t begin, int64_t end, float* maximum, fl
 // weights: row r at r * kScoreStride, one per token. values: [tokens][head_dim], from the strip's first column. acc: rows head_dim apart,
 // in pair order up to the last even vector.
 template <class T, int R, int N>
-ENGINE_INLINE void value_strip(const float* weights, const T* values, Fetch* fetch, int64_t tokens, int64_t head_dim, float* acc) {
+ENGINE_INLINE void value_strip(const float* weights, const T* values, int64_t tokens, int64_t head_dim, float* acc) {
     VecF a[R][N];
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) a[r][n] = load(acc + r * head_dim + n * kLanes);
-    Fetch next = *fetch;
     for (int64_t t = 0; t < tokens; ++t) {
-        for (int c = 0; c < N * kLanes * int{sizeof(T)}; c += 64) request(&next);
         VecF v[N];
         if constexpr (N % 2 == 0) {
             for (int n = 0; n < N; n += 2) load_pair(values + t * head_dim + n * kLanes, &v[n], &v[n + 1]);
@@ -157,7 +133,6 @@ ENGINE_INLINE void value_strip(const float* weights, const T* values, Fetch* fet
             for (int n = 0; n < N; ++n) a[r][n] = fma(w, v[n], a[r][n]);
         }
     }
-    fetch->at = next.at;
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) store(acc + r * head_dim + n * kLanes, a[r][n]);
 }
@@ -166,11 +141,10 @@ ENGINE_INLINE void value_strip(const float* weights, const T* values, Fetch* fet
 constexpr int value_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 
 template <class T, int R, int N>
-ENGINE_INLINE void value_strips(const float* weights, const T* values, Fetch* fetch, int64_t tokens, int64_t head_dim, float* acc,
-                                int64_t c) {
-    for (; c + N * kLanes <= head_dim; c += N * kLanes) value_strip<T, R, N>(weights, values + c, fetch, tokens, head_dim, acc + c);
+ENGINE_INLINE void value_strips(const float* weights, const T* values, int64_t tokens, int64_t head_dim, float* acc, int64_t c) {
+    for (; c + N * kLanes <= head_dim; c += N * kLanes) value_strip<T, R, N>(weights, values + c, tokens, head_dim, acc + c);
     if constexpr (N > 1) {
-        value_strips<T, R, N / 2>(weights, values, fetch, tokens, head_dim, acc, c);
+        value_strips<T, R, N / 2>(weights, values, tokens, head_dim, acc, c);
     } else if (c < head_dim) {  // vectors of 16 and an odd multiple of 8
         const int n = static_cast<int>(head_dim - c);
         for (int r = 0; r < R; ++r) {
@@ -182,35 +156,26 @@ ENGINE_INLINE void value_strips(const float* weights, const T* values, Fetch* fe
     }
 }
 
-// Requests that value_tile makes per token.
-int64_t value_requests(int rows, int64_t head_dim, int64_t element_size) {
-    int64_t requests = 0, c = 0;
-    for (int n = value_vectors(rows); n >= 1; n /= 2)
-        for (; c + n * kLanes <= head_dim; c += n * kLanes) requests += max64(1, n * kLanes * element_size / 64);
-    return max64(1, requests);
-}
-
 template <class T, int R>
-__attribute__((noinline)) void value_tile(const float* weights, const T* values, Fetch* fetch, int64_t tokens, int64_t head_dim,
-                                          float* acc) {
-    value_strips<T, R, value_vectors(R)>(weights, values, fetch, tokens, head_dim, acc, 0);
+__attribute__((noinline)) void value_tile(const float* weights, const T* values, int64_t tokens, int64_t head_dim, float* acc) {
+    value_strips<T, R, value_vectors(R)>(weights, values, tokens, head_dim, acc, 0);
 }
 
 template <class T>
-void value_rows(int rows, const float* weights, const T* values, Fetch* fetch, int64_t tokens, int64_t head_dim, float* acc) {
+void value_rows(int rows, const float* weights, const T* values, int64_t tokens, int64_t head_dim, float* acc) {
     switch (rows) {
         case 1:
-            return value_tile<T, 1>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 1>(weights, values, tokens, head_dim, acc);
         case 2:
-            return value_tile<T, 2>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 2>(weights, values, tokens, head_dim, acc);
         case 3:
-            return value_tile<T, 3>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 3>(weights, values, tokens, head_dim, acc);
         case 4:
-            return value_tile<T, 4>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 4>(weights, values, tokens, head_dim, acc);
         case 5:
-            return value_tile<T, 5>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 5>(weights, values, tokens, head_dim, acc);
         default:
-            return value_tile<T, 6>(weights, values, fetch, tokens, head_dim, acc);
+            return value_tile<T, 6>(weights, values, tokens, head_dim, acc);
     }
 }
 

@@ -6,7 +6,7 @@
 // nearly free; above, the FMA units are the limit. K = 2048, N = 8184: bf16 1.08 ms (bytes) and 0.17 ms per row (flops), fp32 2.16 ms.
 //
 // Both limits are served by one walk. Weight rows are taken four at a time, in chunks of K short enough that four chunks (16 KB) stay in
-// the first-level cache while all rows of x pass over them, three at a time; the first tile of a block fetches the next block's weights.
+// the first-level cache while all rows of x pass over them, three at a time; the first tiles of a block fetch the next block's weights.
 // Dot products run along K (vectors of K, not of N) because the weights are not transposed; the sum over lanes is paid once per chunk. x is
 // packed once per call: chunk by chunk (so that tiles see no power-of-two strides), even and odd elements apart for bf16 weights.
 //
@@ -23,8 +23,9 @@ constexpr int64_t kMaxChunk = 1024;  // elements of K
 constexpr int64_t kMaxRows = 72;     // rows of x that share a sweep: 72 chunks (288 KB) stay in the second-level cache
 constexpr int64_t kMaxSweep = 64;    // weight rows per sweep: with each chunk of x, all of them in blocks of four
 constexpr int64_t kMinSweep = 8;
-constexpr int64_t kPassRows = 288;       // rows of x packed at once, which bounds the scratch of a long prompt
-constexpr int64_t kSmallWork = 1 << 15;  // products; below this (a few microseconds) waking helpers does not pay
+constexpr int64_t kPassRows = 288;        // rows of x packed at once, which bounds the scratch of a long prompt
+constexpr int64_t kSmallInput = 1 << 15;  // elements of x: 128 KB
+constexpr int64_t kSmallWork = 1 << 15;   // products; below this (a few microseconds) waking helpers does not pay
 
 struct Plan {
     const LinearArgs* args;
@@ -62,14 +63,14 @@ Sweep locate(const Plan& plan, int64_t index) {
 }
 
 // One chunk of up to four weight rows against m rows of x.
-template <class T, int MR, bool kFetch>
+template <class T, int MR, int kFetch>
 ENGINE_INLINE void tile_columns(const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t len, float* sums, int64_t ld,
                                 bool first, Ahead ahead) {
     if (rows == kTileColumns) return tile<T, MR, kTileColumns, kFetch>(w, k, x, xs, len, sums, ld, first, ahead);
-    for (int64_t j = 0; j < rows; ++j) tile<T, MR, 1, false>(w + j * k, k, x, xs, len, sums + j, ld, first, ahead);
+    for (int64_t j = 0; j < rows; ++j) tile<T, MR, 1, 0>(w + j * k, k, x, xs, len, sums + j, ld, first, ahead);
 }
 
-template <class T, bool kFetch>
+template <class T, int kFetch>
 ENGINE_INLINE void tile_rows(int64_t m, const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t len, float* sums,
                              int64_t ld, bool first, Ahead ahead) {
     if constexpr (kTileRows >= 3) {
@@ -81,12 +82,23 @@ ENGINE_INLINE void tile_rows(int64_t m, const T* w, int64_t k, int64_t rows, con
     tile_columns<T, 1, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
 }
 
+// The first tile, or the first two, fetch the next block's weights: the four rows at `next`.
 template <class T>
 void block(const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t m, int64_t len, float* sums, int64_t ld, bool first,
-           Ahead ahead) {
-    tile_rows<T, true>(m, w, k, rows, x, xs, len, sums, ld, first, ahead);
-    for (int64_t i = kTileRows; i < m; i += kTileRows)
-        tile_rows<T, false>(m - i, w, k, rows, x + i * xs, xs, len, sums + i * ld, ld, first, ahead);
+           const T* next) {
+    const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T)), lines = m <= kTileRows ? 4 : 2;
+    // Where the chunk is the whole row, the rows lie end to end: fetch them in the order of their addresses, which memory likes best.
+    const bool whole = len == k;
+    Ahead ahead = {reinterpret_cast<const char*>(next), whole ? 64 : row_bytes, whole ? lines * 64 : 64};
+    if (m <= kTileRows) return tile_rows<T, 4>(m, w, k, rows, x, xs, len, sums, ld, first, ahead);
+    for (int64_t i = 0; i < m; i += kTileRows) {
+        const float* xi = x + i * xs;
+        if (i < 2 * kTileRows)
+            tile_rows<T, 2>(m - i, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
+        else
+            tile_rows<T, 0>(m - i, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
+        ahead.p += 2 * row_bytes;
+    }
 }
 
 float element(const void* p, DType dtype, int64_t i) {
@@ -130,14 +142,10 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
             const int64_t k0 = c * plan.chunk, len = smaller(plan.chunk, k - k0);
             const float* x = plan.x + k0 * plan.m + i0 * plan.chunk;
             for (int64_t r = 0; r < sweep.rows; r += kTileColumns) {
-                // Whole rows lie one after another: then lines are fetched in the order of their addresses, which the memory likes best.
                 const T* next = r + kTileColumns < sweep.rows ? w + (r + kTileColumns) * k + k0
                                 : c + 1 < plan.chunks         ? w + k0 + plan.chunk
                                                               : after;
-                const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T));
-                const Ahead ahead = plan.chunks == 1 ? Ahead{reinterpret_cast<const char*>(next), 64, kTileColumns * 64}
-                                                     : Ahead{reinterpret_cast<const char*>(next), row_bytes, 64};
-                block(w + r * k + k0, k, smaller(kTileColumns, sweep.rows - r), x, plan.chunk, m, len, sums + r, sweep_size, c == 0, ahead);
+                block(w + r * k + k0, k, smaller(kTileColumns, sweep.rows - r), x, plan.chunk, m, len, sums + r, sweep_size, c == 0, next);
             }
         }
         finish(plan, sweep, plan.m0 + i0, m, sums);
@@ -178,7 +186,8 @@ void run(const LinearArgs& args) {
         plan.groups = ceil_div(plan.m, kMaxRows);
         plan.group = ceil_div(ceil_div(plan.m, plan.groups), kTileRows) * kTileRows;
         plan.groups = ceil_div(plan.m, plan.group);
-        plan.sweep = kMaxSweep;
+        // While all of x stays in the second-level cache, rows of several chunks are best read through, as memory holds them.
+        plan.sweep = plan.chunks > 1 && plan.m * args.k <= kSmallInput ? kTileColumns : kMaxSweep;
         while (plan.sweep > kMinSweep && count_sweeps(args, plan.sweep) * plan.groups < 8 * threads) plan.sweep /= 2;
         plan.x = static_cast<float*>(scratch(kCallScratch, plan.chunks * plan.chunk * plan.m * static_cast<int64_t>(sizeof(float))));
         parallel_for(plan.m, ceil_div(2 * kSmallWork, args.k + 1), [&](int64_t begin, int64_t end) { pack_rows<T>(plan, begin, end); });

@@ -151,15 +151,15 @@ ENGINE_INLINE void multiply_half(const T* w, int64_t w_stride, const float* x, i
     }
 }
 
-// What a tile fetches ahead while it computes: each time it has used a cache line of each of its weight rows, as many lines at p, p +
-// stride, p + 2 * stride, ...; then p += advance.
+// What a tile fetches ahead while it computes: each time it has used a cache line of every weight row, the kFetch lines at p, p + stride,
+// ...; then p += advance.
 struct Ahead {
     const char* p;
     int64_t stride, advance;
 };
 
 // sums[i * ld + j] (first: =, else +=) the products of x[i] and w[j] over k < len; x is packed and padded with zeros to a full step.
-template <class T, int MR, int NR, bool kFetch>
+template <class T, int MR, int NR, int kFetch>
 ENGINE_INLINE void tile(const T* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t len, float* sums, int64_t ld, bool first,
                         Ahead ahead) {
     static_assert(NR == 1 || NR == kTileColumns, "one or four columns");
@@ -170,10 +170,10 @@ ENGINE_INLINE void tile(const T* w, int64_t w_stride, const float* x, int64_t x_
         for (int j = 0; j < NR; ++j) acc[i][j] = zero();
     int64_t k = 0;
     for (; k + kStep <= len; k += kStep) {
-        if (kFetch && k * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
+        if (kFetch > 0 && k * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
             for (int64_t bytes = 0; bytes < kStep * static_cast<int64_t>(sizeof(T)); bytes += 64) {
 #pragma GCC unroll 4
-                for (int j = 0; j < NR; ++j) __builtin_prefetch(ahead.p + j * ahead.stride);
+                for (int j = 0; j < kFetch; ++j) __builtin_prefetch(ahead.p + j * ahead.stride);
                 ahead.p += ahead.advance;
             }
         }
