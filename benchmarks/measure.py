@@ -19,6 +19,8 @@ from tqdm import tqdm
 from engine import __version__
 from engine.kernels import cpu, limits
 
+# OpenMP threads go on spinning for milliseconds after their last work, on the cores the next contender wants.
+SETTLE_SECONDS = 0.03
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +41,7 @@ def interleaved(contenders: dict[str, Callable[[], float]], rounds: int, progres
     results: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
+            time.sleep(SETTLE_SECONDS)
             results[name].append(run())
             if progress is not None:
                 progress.update()
