@@ -39,6 +39,7 @@ def run(machine: Machine, quick: bool) -> list[dict[str, Any]]:
                     nonlocal at
                     chosen = [pool[(at + i) % len(pool)] for i in range(inner)]
                     at += inner
+                    product(pool[at % len(pool)])  # wakes the threads
                     return seconds_of(lambda: [product(w) for w in chosen]) / inner
 
                 return one

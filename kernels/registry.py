@@ -57,9 +57,11 @@ def cuda_reason() -> str | None:
 def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
     """Choose a backend for every op.
 
-    ``backend="auto"`` takes the first that can serve and logs one line where a faster one is absent; a named backend that cannot serve
-    raises ``RuntimeError`` with its reason.
+    ``backend="auto"`` is the backend ``ENGINE_KERNELS`` names, or else the first that can serve, with one line logged where a faster one
+    is absent. What was asked for by name and cannot be had (also the instruction set of ``ENGINE_CPU_ISA``) raises ``RuntimeError``.
     """
+    if backend == "auto":
+        backend = os.environ.get("ENGINE_KERNELS") or "auto"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends are auto, {', '.join(BACKENDS)}")
     reasons = backends(device_type)
@@ -68,6 +70,8 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run on {device_type}: {reasons[backend]}")
         name = backend
     else:
+        if device_type == "cpu" and os.environ.get("ENGINE_CPU_ISA") and reasons["cpu"] is not None:
+            raise RuntimeError(f"ENGINE_CPU_ISA asks for the C++ kernels, which cannot run: {reasons['cpu']}")
         name = next((n for n in BACKENDS if reasons[n] is None), "")
         if not name:
             raise RuntimeError(f"no backend can serve device {device_type!r}: {reasons}")
@@ -78,5 +82,5 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
 
 
 def default_ops(device: torch.device) -> Ops:
-    """The ops for a device under ``ENGINE_KERNELS`` (a backend name; default auto)."""
-    return select(device.type, os.environ.get("ENGINE_KERNELS", "auto"))
+    """The ops of ``api``'s functions for a device."""
+    return select(device.type)

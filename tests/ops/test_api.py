@@ -104,3 +104,18 @@ def test_tensors_of_another_device_are_refused() -> None:
         cpu.silu_mul(torch.zeros(1, 2, device="meta"))
     with pytest.raises(ValueError, match="weight is on meta"):
         cpu.rms_norm(torch.zeros(1, 2), torch.zeros(2, device="meta"), 1e-6)
+
+
+def test_an_instruction_set_that_cannot_be_had_is_an_error(no_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_CPU_ISA", "avx512")
+    with pytest.raises(RuntimeError, match="ENGINE_CPU_ISA asks for the C\\+\\+ kernels, which cannot run: it was not built"):
+        kernels.select("cpu")
+
+
+def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_KERNELS", "reference")
+    assert set(kernels.select("cpu").chosen.values()) == {"reference"}
+    registry.select.cache_clear()
+    monkeypatch.setenv("ENGINE_KERNELS", "quick")
+    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, reference"):
+        kernels.select("cpu")
