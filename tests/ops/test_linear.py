@@ -235,8 +235,6 @@ def test_too_many_weights() -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(isa: str) -> None:
     """The arithmetic tests of this file under each instruction set; one that this CPU lacks is refused with the reason."""
-    if isa == cpu._cpu.isa():
-        pytest.skip("is the one of this process")
     environment = {**os.environ, "ENGINE_CPU_ISA": isa}
     if isa not in cpu._cpu.supported_isas():
         code = "from engine.kernels import cpu; print(cpu.unavailable('cpu'))"

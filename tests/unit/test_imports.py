@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # From the top down; a room (a module, or a package with all that is in it) imports rooms of its own line and below.
 LAYERS = (
-    ("engine.__main__", "engine.async_decoder", "engine.cli", "engine.demo", "engine.server"),
+    ("engine.__main__", "engine.cli"),
     ("engine.decoder",),
-    ("engine.admission", "engine.decode", "engine.drafters", "engine.runner", "engine.scheduler"),
+    ("engine.admission", "engine.decode", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
-    ("engine.blocks", "engine.outputs", "engine.params", "engine.plan", "engine.prompts", "engine.request", "engine.tokenizer"),
+    ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
 NEVER = {
-    **dict.fromkeys(("engine.blocks", "engine.outputs", "engine.params", "engine.plan", "engine.request", "engine.scheduler"), ("torch",)),
+    **dict.fromkeys(("engine.blocks", "engine.outputs", "engine.params", "engine.request", "engine.scheduler"), ("torch",)),
     "engine.kernels": ("engine",),  # but for itself
     "engine.models": ("engine.decoder", "engine.runner", "engine.scheduler"),
 }
