@@ -32,6 +32,8 @@ def build_requests(
     one_for_all = params is None or isinstance(params, SamplingParams)
     if params is None:
         params = SamplingParams.from_options(caller, options)
+    if not isinstance(params, (SamplingParams, Sequence)):
+        raise TypeError(f"params is a {type(params).__name__}; it must be a SamplingParams or a list with one for each prompt")
     each = [params] * len(token_lists) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(token_lists) or not all(isinstance(p, SamplingParams) for p in each):
         raise ValueError(
@@ -90,7 +92,7 @@ def _requests_of_prompt(
             end_token_ids=frozenset(ends),
             prompt_index=prompt_index,
             index=index,
-            text_state=None if tokenizer is None else TextState(tokenizer.stream_decoder(), tokenizer.decode, stop),
+            text_state=None if tokenizer is None else TextState(tokenizer.decode, stop),
         )
         for index in range(params.num_return_sequences)
     ]

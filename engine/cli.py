@@ -47,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return {"generate": _generate, "demo": _demo, "info": _info}[arguments.command](arguments)
-    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +142,8 @@ def _info(arguments: argparse.Namespace) -> int:
     print("backends on cpu, fastest first:")
     for name, reason in kernels_module.backends("cpu").items():
         print(f"  {name}: {'ready' if reason is None else f'absent: {reason}'}")
-    print(f"cuda kernels: {kernels_module.cuda_reason() or 'ready'}")
+    reason = kernels_module.cuda_reason()
+    print(f"cuda module: {'loads, but no op uses it yet' if reason is None else f'absent: {reason}'}")
     if cpu.unavailable("cpu") is None:
         print(cpu.describe())
     if not arguments.no_measure:

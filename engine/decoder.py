@@ -22,7 +22,7 @@ from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
 from .request import Request
 from .runner import Runner
-from .scheduler import Scheduler
+from .scheduler import Scheduler, StepPlan
 from .tokenizer import Tokenizer
 
 
@@ -66,6 +66,15 @@ class Decoder:
         cache_tokens: int | None = None,
         block_size: int = 16,
     ) -> None:
+        for name, value in (
+            ("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens), ("block_size", block_size),
+            ("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens), ("max_position", max_position),
+        ):  # fmt: skip
+            required = name in ("max_batch_size", "max_batch_tokens", "block_size")
+            if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
+        if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
+            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32 or torch.bfloat16")
         self.ops = kernels_module.select("cpu", kernels)
         loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config)
         self.model = loaded.model
@@ -160,6 +169,10 @@ class Decoder:
         """
         if num_beams > 1:
             raise ValueError(f"num_beams is {num_beams}; beam search is not yet available, 1 is allowed")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature is {temperature!r}; it must be a number")
+        if stop_id is not None and (not isinstance(stop_id, int) or not 0 <= stop_id < self.config.vocab_size):
+            raise ValueError(f"stop_id is {stop_id!r}; it must be None or a token id from 0 to {self.config.vocab_size - 1}")
         if top_k is not None and top_k < 1:
             top_k = None  # as the original does
         outputs = self.generate(
@@ -228,11 +241,15 @@ class Decoder:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
             return
         try:
-            logits = self.runner.run(plan)
+            self._execute(plan)
         except BaseException:
-            # Nothing of this step is in the cache for certain, block copies included: all running requests start over from their tokens.
+            # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
+            # tokens they have, and by the token law draw what they would have drawn.
             self.scheduler.preempt_running()
             raise
+
+    def _execute(self, plan: StepPlan) -> None:
+        logits = self.runner.run(plan)
         self.num_steps += 1
         self.scheduler.commit(plan)
         if logits is None:
@@ -252,7 +269,11 @@ class Decoder:
         text, matched = "", None
         ended = token in request.end_token_ids
         if request.text_state is not None and not ended:
-            text, matched = request.text_state.feed(token)
+            try:
+                text, matched = request.text_state.feed(token)
+            except Exception as error:  # a tokenizer may raise anything; it is this request's alone
+                self._finish(request, "error", error=f"the tokenizer cannot decode token {token}: {error}", token=token)
+                return
         if ended:
             self._finish(request, "stop", stop_reason=token, token=token)
         elif matched is not None:
@@ -274,7 +295,7 @@ class Decoder:
     ) -> None:
         whole = None
         if request.text_state is not None:
-            if not isinstance(stop_reason, str):  # after a stop string no text may follow
+            if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
                 rest, matched = request.text_state.flush()
                 text += rest
                 if matched is not None and reason == "length":

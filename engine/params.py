@@ -6,7 +6,11 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
+
+FLOAT_LIMIT = 1e30  # the kernels' float32 holds such numbers and their reciprocals
+INT_LIMIT = 2**31 - 1  # as their int32 does these
 
 # Other engines' names for the same option.
 ALIASES = {
@@ -29,7 +33,8 @@ class SamplingParams:
         top_k: draw only from the k most likely tokens, ties with the k-th included; None, 0 and -1 switch it off.
         repetition_penalty: above 1 makes tokens of the prompt and the output less likely (CTRL, Keskar et al. 2019); 1 is off.
         seed: key of the token law, 0 <= seed < 2**64. None: taken from torch's global generator, so ``torch.manual_seed`` repeats it.
-            The seed used is reported in the output.
+            Prompts of one call that share a seed have each their own derived from it (the first the seed itself), so that they do not
+            share noise; the output reports the seed used.
         stream: which of the independent streams of ``seed`` to draw from; sample i of ``num_return_sequences`` has stream ``stream + i``.
         num_return_sequences: independent continuations of the prompt, which share its cache blocks.
         eos_token_id: ends the request; an int or several; None: the model's own.
@@ -52,6 +57,9 @@ class SamplingParams:
     stop: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, default in (("stop", ()), ("stop_token_ids", ()), ("repetition_penalty", 1.0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         _check_int("max_new_tokens", self.max_new_tokens, 1, none_means="as many as fit, at most 256")
         for name in ("do_sample", "ignore_eos"):
             value = getattr(self, name)
@@ -63,7 +71,7 @@ class SamplingParams:
             _check_int("top_k", self.top_k, -1)
         _check_int("seed", self.seed, 0, 2**64 - 1, none_means="drawn from torch's global generator")
         _check_int("stream", self.stream, 0, 2**31 - 1)
-        _check_int("num_return_sequences", self.num_return_sequences, 1)
+        _check_int("num_return_sequences", self.num_return_sequences, 1, INT_LIMIT)
         if self.stream + self.num_return_sequences > 2**31:
             raise ValueError(f"stream + num_return_sequences is {self.stream + self.num_return_sequences}; it must not pass 2**31")
         stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
@@ -74,10 +82,10 @@ class SamplingParams:
             value = getattr(self, name)
             if value is None and name == "eos_token_id":
                 continue
-            ids = (value,) if isinstance(value, int) else _as_tuple(name, value)
+            ids = (value,) if isinstance(value, Integral) else _as_tuple(name, value)
             for token in ids:
                 _check_int(name, token, 0)
-            object.__setattr__(self, name, ids)
+            object.__setattr__(self, name, tuple(map(int, ids)))
 
     @property
     def draw_temperature(self) -> float:
@@ -91,7 +99,7 @@ class SamplingParams:
     @property
     def draw_top_k(self) -> int:
         """The k the sampler gets; 0 means off."""
-        return max(self.top_k or 0, 0)
+        return min(max(self.top_k or 0, 0), INT_LIMIT)
 
     @classmethod
     def from_options(cls, caller: str, options: dict[str, Any]) -> SamplingParams:
@@ -129,7 +137,7 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None, none_me
         allowed = "a positive integer, or None, 0 or -1 for off"
     if none_means is not None:
         allowed += f", or None ({none_means})"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}; it must be {allowed}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
@@ -139,10 +147,12 @@ def _check_float(name: str, value: Any, low: float, *, inclusive: bool, optional
     if value is None and optional:
         return
     allowed = f"a finite number {'of at least' if inclusive else 'above'} {low:g}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; it must be {allowed}")
     if not math.isfinite(value) or value < low or (value == low and not inclusive):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
+    if value and not 1 / FLOAT_LIMIT <= value <= FLOAT_LIMIT:
+        raise ValueError(f"{name} is {value}; it must lie within {1 / FLOAT_LIMIT:g} and {FLOAT_LIMIT:g}, or be 0 where that is allowed")
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:

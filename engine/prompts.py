@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,15 +26,17 @@ def to_token_lists(prompts: Prompts, attention_mask: Tensor | None, tokenizer: T
     """
     if attention_mask is not None and not isinstance(prompts, Tensor):
         raise TypeError(f"attention_mask goes with a tensor of prompts; prompts is a {type(prompts).__name__}")
+    if isinstance(prompts, np.ndarray):
+        prompts = torch.from_numpy(prompts)
     if isinstance(prompts, Tensor):
         token_lists = _from_tensor(prompts, attention_mask)
     elif isinstance(prompts, str):
         token_lists = [_encode(prompts, tokenizer)]
-    elif isinstance(prompts, Sequence):
+    elif isinstance(prompts, Sequence) and not isinstance(prompts, (bytes, bytearray, memoryview)):
         if not prompts:
             raise ValueError("prompts is an empty list; it must hold at least one prompt")
         if all(_is_token(item) for item in prompts):
-            token_lists = [list(prompts)]  # type: ignore[arg-type]
+            token_lists = [[int(token) for token in prompts]]  # type: ignore[arg-type]
         else:
             token_lists = [_from_item(index, item, tokenizer) for index, item in enumerate(prompts)]
     else:
@@ -48,7 +52,7 @@ def to_token_lists(prompts: Prompts, attention_mask: Tensor | None, tokenizer: T
 
 
 def _is_token(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
+    return isinstance(item, Integral) and not isinstance(item, bool)
 
 
 def _from_item(index: int, item: Any, tokenizer: Tokenizer | None) -> list[int]:
@@ -56,8 +60,9 @@ def _from_item(index: int, item: Any, tokenizer: Tokenizer | None) -> list[int]:
         return _encode(item, tokenizer)
     if isinstance(item, Tensor) and item.dim() == 1:
         return _from_tensor(item, None)[0]
-    if isinstance(item, Sequence) and all(_is_token(token) for token in item):
-        return list(item)
+    listed = isinstance(item, (Sequence, np.ndarray)) and not isinstance(item, (bytes, bytearray, memoryview))
+    if listed and all(_is_token(token) for token in item):
+        return [int(token) for token in item]
     raise TypeError(f"prompt {index} is {item!r:.60}; prompts must be {_ALLOWED}")
 
 
@@ -74,7 +79,11 @@ def _from_tensor(prompts: Tensor, attention_mask: Tensor | None) -> list[list[in
         raise ValueError(f"prompts is a tensor of shape {list(prompts.shape)}; it must be [B, T] or [T] with at least one token")
     if attention_mask is None:
         return torch.atleast_2d(prompts).tolist()
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask is a {type(attention_mask).__name__}; it must be a tensor of the shape of prompts")
     if attention_mask.shape != prompts.shape:
         raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; it must have that of prompts, {list(prompts.shape)}")
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask holds values other than 0 and 1")
     rows = zip(torch.atleast_2d(prompts), torch.atleast_2d(attention_mask), strict=True)
     return [row[mask > 0].tolist() for row, mask in rows]

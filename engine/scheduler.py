@@ -108,6 +108,7 @@ class Scheduler:
         return sum(1 + len(request.followers) for request in self.running)
 
     def _schedule(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
+        assert num_tokens >= 1, "a sequence is scheduled without a token to compute"
         start = request.num_computed
         plan.copies += self.pool.prepare(request.block_table, start, start + num_tokens)
         complete = num_tokens == request.num_missing

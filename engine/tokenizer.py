@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 
 class Tokenizer:
@@ -43,13 +41,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens the tokenizer's own file adds."""
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError("prompts holds text with a lone surrogate, which is not Unicode text; decode bytes as UTF-8 first")
         return self._tokenizer.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def stream_decoder(self) -> Callable[[int], str | None]:
-        """A function from the next id to the text it settles, or None while a character is still incomplete."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token: stream.step(self._tokenizer, token)

@@ -67,6 +67,8 @@ def linear(
     _dtype("x", x, _F32)
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
+    if isinstance(weights, Tensor):
+        raise TypeError("weights must be a list of matrices, got a tensor: pass [weight]")
     if not weights:
         raise ValueError("weights must hold at least one matrix, got none")
     if biases is not None and len(biases) != len(weights):

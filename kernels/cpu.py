@@ -53,6 +53,8 @@ def _linear_plan(
 ) -> tuple[int, int, int, int, tuple[int, ...]] | None:
     """Rows, width of the result, and what ``_cpu.linear`` takes: x's row stride, K, the weights as one flat tuple. None where
     ``checks.linear`` must say what is wrong."""
+    if isinstance(weights, Tensor):
+        return None
     rows, k = x.shape
     dtype = weights[0].dtype
     if x.dtype is not _F32 or not x.is_cpu or dtype not in _DTYPE or (biases is not None and len(biases) != len(weights)):

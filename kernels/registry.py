@@ -45,12 +45,13 @@ def backends(device_type: str = "cpu") -> dict[str, str | None]:
 
 
 def cuda_reason() -> str | None:
-    """None if the compiled CUDA kernels can be imported, else why not."""
+    """None if the compiled CUDA module can run here, else why not."""
     try:
-        importlib.import_module("._cuda", __package__)
+        module = importlib.import_module("._cuda", __package__)
     except ImportError as error:
         return f"engine.kernels._cuda cannot be imported: {error}"
-    return None
+    reason: str | None = module.unavailable()
+    return reason
 
 
 @functools.cache

@@ -16,6 +16,7 @@
 namespace engine {
 namespace {
 
+constexpr int kMaxThreads = 1024;  // more than any machine this runs on has, fewer than the system refuses
 constexpr auto kSpin = std::chrono::microseconds(100);  // a decode step leaves gaps of tens of microseconds between kernels
 
 inline void pause() {
@@ -39,7 +40,7 @@ int quota_cpus() {
 int default_threads() {
     if (const char* text = std::getenv("ENGINE_NUM_THREADS")) {
         const int n = std::atoi(text);
-        if (n >= 1) return n;
+        if (n >= 1) return n < kMaxThreads ? n : kMaxThreads;
     }
     int cpus = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)

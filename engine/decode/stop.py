@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+INCOMPLETE = "\ufffd"  # what tokenizers decode bytes to that are no whole character
+
 
 class StopMatcher:
     """Finds the first stop string in text that arrives in pieces, holding back what could still become one."""
@@ -39,35 +41,40 @@ class StopMatcher:
 class TextState:
     """Turns one request's tokens into settled text.
 
+    A tokenizer can only decode whole runs of ids: characters may span several tokens, and spaces depend on what stands before. So each new
+    token is decoded together with the few before it, and what it adds to their text has settled unless it ends in an incomplete character.
+
     Args:
-        step: takes a token id, returns the text it settles or None while a character is incomplete (``Tokenizer.stream_decoder``).
-        decode: all ids to text, for the bytes still incomplete at the end.
+        decode: ids to text, incomplete characters as U+FFFD (``Tokenizer.decode``).
         stops: the request's stop strings.
     """
 
-    def __init__(self, step: Callable[[int], str | None], decode: Callable[[list[int]], str], stops: tuple[str, ...]) -> None:
-        self._step = step
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...]) -> None:
         self._decode = decode
         self._matcher = StopMatcher(stops)
-        self._ids: list[int] = []
-        self._decoded = ""  # all text the decoder has given
+        self._settled: list[int] = []  # the last ids whose text has been given,
+        self._pending: list[int] = []  # and those after them whose text has not
         self.text = ""  # all text emitted
 
     def feed(self, token: int) -> tuple[str, str | None]:
         """Settled text after one more token, and the stop string it completed, if any."""
-        self._ids.append(token)
-        piece = self._step(token) or ""
-        self._decoded += piece
-        settled, stop = self._matcher.feed(piece)
-        self.text += settled
-        return settled, stop
+        self._pending.append(token)
+        piece = self._new_text()
+        if not piece or piece.endswith(INCOMPLETE):
+            return "", None
+        self._settled, self._pending = self._pending, []
+        return self._emit(piece, last=False)
 
     def flush(self) -> tuple[str, str | None]:
         """The rest of the text when no more tokens follow; a stop string may yet appear in it."""
-        whole = self._decode(self._ids)
-        rest = whole[len(self._decoded) :] if whole.startswith(self._decoded) else ""
-        settled, stop = self._matcher.feed(rest)
-        if stop is None:
-            settled += self._matcher.flush()
-        self.text += settled
-        return settled, stop
+        return self._emit(self._new_text() if self._pending else "", last=True)
+
+    def _new_text(self) -> str:
+        return self._decode(self._settled + self._pending)[len(self._decode(self._settled)) :]
+
+    def _emit(self, piece: str, *, last: bool) -> tuple[str, str | None]:
+        text, stop = self._matcher.feed(piece)
+        if last and stop is None:
+            text += self._matcher.flush()
+        self.text += text
+        return text, stop

@@ -142,7 +142,13 @@ def _file(path: Path, dtype: torch.dtype | None, origin_config: Any) -> tuple[Mo
         raise ValueError(
             f"{path} is not a checkpoint of the origin model (it holds {shown} ...); pass the folder that holds its config.json"
         )
-    return origin.config_from_tensors(tensors, origin_config), origin.NAMES, tensors
+    config = origin.config_from_tensors(tensors, origin_config)
+    if origin_config is None:
+        logger.warning(
+            "%s: its shapes do not tell n_heads, max_seq_len and norm_eps; taken to be %d, %d and %g (origin_config= says otherwise)",
+            path.name, config.num_heads, config.max_position, config.norm_eps,
+        )  # fmt: skip
+    return config, origin.NAMES, tensors
 
 
 def _with_generation(config: ModelConfig, generation: Mapping[str, Any]) -> ModelConfig:

@@ -32,7 +32,7 @@ def test_several_sequences():
 def test_info_names_every_backend():
     result = run("info", "--no-measure")
     assert result.returncode == 0, result.stderr
-    assert "cpu: " in result.stdout and "reference: ready" in result.stdout and "cuda kernels: " in result.stdout
+    assert "cpu: " in result.stdout and "reference: ready" in result.stdout and "cuda module: " in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,9 @@ def test_errors_are_one_line(arguments: list[str], words: str):
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(words) and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m engine generate 'import os' --max-new-tokens 200 --ignore-eos | head -c 5"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "error" not in result.stderr and "Traceback" not in result.stderr

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from decode.small_models import small_llama
 
 from engine import Decoder, SamplingParams
+from engine import decoder as decoder_module
 
 
 def hf_greedy(model, prompt: list[int], n: int, **options) -> list[int]:
@@ -55,6 +57,9 @@ def test_the_forms_of_prompts(decoder):
     assert ids(left, attention_mask=torch.tensor([[1, 1, 1], [0, 1, 1]])) == both
     assert ids(right, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()) == both
     assert ids(torch.tensor([[5, 6, 7]], dtype=torch.int32)) == [first]
+    assert ids(np.array([[5, 6, 7]])) == ids(list(np.array([5, 6, 7]))) == [first]
+    huge_k = decoder.generate([5, 6, 7], top_k=2**40, stop=None, temperature=np.float64(0.0), seed=np.int64(3), **options)
+    assert huge_k[0].token_ids == first
 
 
 def test_greedy_is_never_random(decoder):
@@ -196,6 +201,55 @@ def test_an_exception_in_a_step_leaves_the_decoder_usable(llama):
     assert tokens + [t for e in bystander for t in e.token_ids] == expected
     decoder.scheduler.check()
     assert decoder.pool.num_free == decoder.pool.num_blocks
+
+
+@pytest.mark.parametrize("where", ["sample", "advance"])
+def test_an_exception_after_the_commit_harms_no_other_request(llama, monkeypatch, where: str):
+    decoder = Decoder(llama, cache_tokens=1024)
+    prompts = [[5, 6, 7], [9, 8], [11]]
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 2, "ignore_eos": True}
+    expected = [decoder.generate(p, **options)[0].token_ids for p in prompts]
+    streams = [decoder.stream(p, **options) for p in prompts]
+    got = [next(s).token_ids for s in streams]
+    calls = 0
+
+    def failing(original):
+        def wrapped(*args, **more):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise KeyboardInterrupt
+            return original(*args, **more)
+
+        return wrapped
+
+    if where == "sample":
+        monkeypatch.setattr("engine.decoder.sample_rows", failing(decoder_module.sample_rows))
+    else:  # between the first and the second row of a step
+        monkeypatch.setattr(decoder, "_advance", failing(decoder._advance))
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(5):
+            decoder.step()
+    for stream, tokens, whole in zip(streams, got, expected, strict=True):
+        assert tokens + [t for e in stream for t in e.token_ids] == whole
+    decoder.scheduler.check()
+    assert decoder.pool.num_free == decoder.pool.num_blocks
+
+
+def test_a_tokenizer_that_raises_ends_only_its_request(bundled, monkeypatch):
+    fine = bundled.generate("import os", max_new_tokens=10)[0]
+    poison = bundled.generate("def f(", max_new_tokens=4)[0].token_ids[2]
+    decode = bundled.tokenizer.decode
+
+    def failing(ids):
+        if ids and ids[-1] == poison:
+            raise Exception("cannot")
+        return decode(ids)
+
+    monkeypatch.setattr(bundled.tokenizer, "decode", failing)
+    bad, good = bundled.generate(["def f(", "import os"], max_new_tokens=10)
+    assert bad.finish_reason == "error" and bad.error == f"the tokenizer cannot decode token {poison}: cannot"
+    assert poison not in fine.token_ids and good.token_ids == fine.token_ids and good.finish_reason == "length"
 
 
 def test_weights_changed_in_place_are_seen():
