@@ -119,7 +119,7 @@ Seed {train["seed"]}, {length}, in windows of {stages}.
 Muon for the matrices, AdamW for embeddings and norms; constant rate, then linear to zero over the last
 {train["decay_fraction"]:.0%} of steps; fp32. The draft is distilled from the target during
 the same run: its loss is the cross-entropy against a mixture of {soft}.
-It took {speed}, shared with other work.
+It took {speed}; allow an hour on two cores.
 The same Python, seed and steps see the same batches in the same order; losses repeat up to the rounding of another machine's matrix
 products.
 

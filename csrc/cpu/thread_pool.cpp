@@ -16,7 +16,7 @@
 namespace engine {
 namespace {
 
-constexpr int kMaxThreads = 1024;  // more than any machine this runs on has, fewer than the system refuses
+constexpr int kMaxThreads = 1024;                       // more than any machine this runs on has, fewer than the system refuses
 constexpr auto kSpin = std::chrono::microseconds(100);  // a decode step leaves gaps of tens of microseconds between kernels
 
 inline void pause() {
