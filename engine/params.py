@@ -139,7 +139,7 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None, none_me
         allowed += f", or None ({none_means})"
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {value!r}; it must be {allowed}")
-    if value < low or (high is not None and value > high):
+    if int(value) < low or (high is not None and int(value) > high):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
 
 
@@ -151,7 +151,7 @@ def _check_float(name: str, value: Any, low: float, *, inclusive: bool, optional
         raise TypeError(f"{name} is {value!r}; it must be {allowed}")
     if not math.isfinite(value) or value < low or (value == low and not inclusive):
         raise ValueError(f"{name} is {value}; it must be {allowed}")
-    if value and not 1 / FLOAT_LIMIT <= value <= FLOAT_LIMIT:
+    if value and not 1 / FLOAT_LIMIT <= float(value) <= FLOAT_LIMIT:
         raise ValueError(f"{name} is {value}; it must lie within {1 / FLOAT_LIMIT:g} and {FLOAT_LIMIT:g}, or be 0 where that is allowed")
 
 

@@ -26,15 +26,6 @@ GARBAGE = -123456  # in block tables where nothing may be read
 NAN = float("nan")
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """The products of the float64 side are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def cpu() -> Any:
     if (reason := kernels.backends("cpu")["cpu"]) is not None:

@@ -20,14 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 8, 15, 16, 31, 33, 63, 64, 65, 384, 1000)
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def load(backend: str) -> Any:
     if (reason := kernels.backends("cpu")[backend]) is not None:
         pytest.skip(reason)

@@ -22,15 +22,6 @@ BACKENDS = ["reference", "cpu"]
 needs_cpp = pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason=str(cpu.unavailable("cpu")))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """Small tensors: PyTorch's own threads cost more than they bring, ten times more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=BACKENDS)
 def sample(request: pytest.FixtureRequest) -> Any:
     if request.param == "cpu" and cpu.unavailable("cpu") is not None:
