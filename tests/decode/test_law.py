@@ -136,3 +136,27 @@ def test_another_model_of_the_same_shape_gives_other_tokens(decoder, requests, a
     other = Decoder(small_llama(seed=1), cache_tokens=4096)
     prompt, params = requests[0]
     assert other.generate(prompt, params=params)[0].token_ids != alone[0][0]
+
+
+def test_each_token_is_what_the_law_gives_at_its_position(decoder, llama):
+    """The loop hands the sampler the request's own seed and stream and the token's absolute position: drawn again by the oracle from
+    transformers' logits."""
+    import torch
+
+    from engine import kernels
+
+    prompt = [5, 6, 7, 8]
+    options = {"max_new_tokens": 40, "temperature": 0.9, "top_k": 20, "seed": 2**63 + 5, "ignore_eos": True}
+    for output in decoder.generate(prompt, num_return_sequences=2, **options):
+        n = len(output.token_ids)
+        with torch.no_grad():
+            logits = llama(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1]
+        drawn = kernels.select("cpu", "reference").sample(
+            logits.contiguous(),
+            torch.full((n,), 0.9),
+            torch.full((n,), 20, dtype=torch.int32),
+            torch.full((n,), 5 - 2**63, dtype=torch.int64),
+            torch.arange(len(prompt), len(prompt) + n, dtype=torch.int32),
+            torch.full((n,), output.stream, dtype=torch.int32),
+        )
+        assert drawn.tokens.tolist() == output.token_ids
