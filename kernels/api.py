@@ -17,23 +17,68 @@ Words used throughout:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .registry import default_ops
 
+# What became of a row of logits.
 STATUS_OK = 0
-STATUS_NAN = 1
-STATUS_NOTHING_ALLOWED = 2
+STATUS_NAN = 1  # a NaN somewhere in the row
+STATUS_NOTHING_ALLOWED = 2  # every logit is -inf or forbidden
+STATUS_BAD_PARAMETER = 3  # on a GPU, where values are not read before the launch: a parameter of the row is out of range
+
+
+class Penalties(NamedTuple):
+    """What ``sample`` holds against tokens that have occurred. Row r owns entries ``start[r]:start[r + 1]``, its distinct ids.
+
+    ``repetition`` (CTRL, Keskar et al. 2019) divides positive and multiplies other logits of every listed id; ``frequency`` times its
+    count, and ``presence``, are subtracted from the logits of those with a count above 0 (OpenAI's: occurrences in the output).
+    """
+
+    repetition: Tensor  # float32 [R], finite and > 0; 1 is off
+    presence: Tensor  # float32 [R], at most 1e30 in size; 0 is off
+    frequency: Tensor  # float32 [R], likewise
+    token: Tensor  # int32 [N]
+    count: Tensor  # int32 [N], 0 to 2^24: how often the id occurs in the output; 0: only in the prompt
+    start: Tensor  # int32 [R + 1]
+
+
+class LogitBias(NamedTuple):
+    """Added to the logits of single tokens. Row r owns entries ``start[r]:start[r + 1]``, distinct ids."""
+
+    token: Tensor  # int32 [N]
+    bias: Tensor  # float32 [N], at most 1e30 in size, or -inf: never drawn
+    start: Tensor  # int32 [R + 1]
+
+
+class EndTokens(NamedTuple):
+    """Tokens that may not be drawn too early. Row r owns entries ``start[r]:start[r + 1]``."""
+
+    token: Tensor  # int32 [N]
+    min_position: Tensor  # int32 [R]: below this position they are never drawn
+    start: Tensor  # int32 [R + 1]
 
 
 class SampleResult(NamedTuple):
-    """What ``sample`` returns, one entry per row of logits."""
+    """What ``sample`` returns, one entry per row of logits.
+
+    The raw log-probabilities are those of the row as given; the processed ones are those the token was drawn from: after penalties, bias,
+    masks, temperature and filters (a greedy row has neither temperature nor filters).
+    """
 
     tokens: Tensor  # int64 [R]; -1 where status is not STATUS_OK
-    logprobs: Tensor  # float32 [R]; natural log-softmax of the raw logits at the token (before penalty, temperature, filters)
-    status: Tensor  # int32 [R]; STATUS_OK, STATUS_NAN or STATUS_NOTHING_ALLOWED
+    status: Tensor  # int32 [R]; STATUS_*
+    # With `logprobs` given, else None; natural logarithms.
+    logprobs: Tensor | None = None  # float32 [R], raw, of the chosen token; NaN where there is none
+    processed_logprobs: Tensor | None = None  # float32 [R]
+    # With `logprobs` n >= 1, else None: the n most likely tokens of either distribution, best first, lowest id first on ties. Where fewer
+    # are possible (all of them above -inf), the rest is -1 and -inf; likewise in a row without a token.
+    top_tokens: Tensor | None = None  # int64 [R, n]
+    top_logprobs: Tensor | None = None  # float32 [R, n]
+    processed_top_tokens: Tensor | None = None  # int64 [R, n]
+    processed_top_logprobs: Tensor | None = None  # float32 [R, n]
 
 
 def embed(tokens: Tensor, table: Tensor) -> Tensor:
@@ -135,26 +180,45 @@ def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     position: Tensor,
     stream: Tensor,
     *,
-    repetition_penalty: Tensor | None = None,
-    history: Tensor | None = None,
-    history_start: Tensor | None = None,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+    logprobs: int | None = None,
+    workspace: Any = None,
 ) -> SampleResult:
-    """One token per row of ``logits [R, V]`` (float32, unit stride in V, any row stride), by the token law.
+    """One token per row of ``logits [R, V]`` (fp32, bf16 or fp16, V <= 2^22, unit stride in V, any row stride), by the token law.
 
-    Per row: ``temperature`` float32 (below 1e-5: greedy), ``top_k`` int32 (0 off; ties with the k-th are kept), ``seed`` int64 (the bits of
-    a 64-bit key), ``position`` int32 (absolute position of the token drawn), ``stream`` int32. ``repetition_penalty`` float32 ``[R]``
-    divides positive and multiplies other logits of the distinct ids ``history[history_start[r]:history_start[r+1]]`` (int32; CTRL, Keskar
-    et al. 2019); all three are given or none. ``logits`` is unchanged on return.
+    Per row (``[R]``, contiguous): ``temperature`` float32 (below 1e-5: greedy); ``top_k`` int32 (0 or less, or V and more: off); ``top_p``
+    float32 in [0, 1] (1: off); ``min_p`` float32 in [0, 1] (0: off); ``seed`` int64 (the bits of a 64-bit key); ``position`` int32 (the
+    absolute position of the token drawn); ``stream`` int32. ``allowed`` int32 ``[R, ceil(V / 32)]``: bit ``i & 31`` of word ``i >> 5``
+    says whether token i may be drawn (the form that xgrammar and llguidance fill). ``logits`` is unchanged on return.
 
-    The token is ``argmax_i(z_i - log(E_i))`` over kept i, ``z = penalised logit / T``, lowest id on ties, with the noise ``E_i`` of
-    ``kernels/noise.py`` (Gumbel-max). Order: penalty, temperature, top-k. +inf wins over everything finite (lowest id first among
-    several when greedy or drawn); -inf is never drawn. A NaN anywhere in a row gives STATUS_NAN, a row of only -inf STATUS_NOTHING_ALLOWED.
+    The order, every step in float32 with each operation rounded by itself:
+
+    1. penalties: ``x / repetition`` or ``x * repetition``, then ``- frequency * count``, then ``- presence``;
+    2. ``+ bias``; early end tokens and tokens that are not ``allowed`` become -inf;
+    3. ``z = x / temperature``;
+    4. top-k keeps ``z >= `` the k-th largest z, ties included;
+    5. top-p, on what top-k kept: a token stays while the mass of the tokens with larger z is below ``top_p`` of the whole, so the token
+       that crosses stays, with its ties. Masses are the integers of ``fixed_math.weight``;
+    6. min-p keeps ``z >= max z + log(min_p)``;
+    7. the token is ``argmax(z - log(E))`` over what is kept, lowest id on ties, with the noise E of ``noise`` (Gumbel-max). A greedy row
+       takes the argmax of step 2, whatever its filters.
+
+    +inf wins over everything finite, the lowest id among several, greedy or not; -inf is never drawn. A NaN anywhere in the row as given
+    is STATUS_NAN, a row of only -inf after step 2 STATUS_NOTHING_ALLOWED.
+
+    ``logprobs``: None computes none, 0 those of the chosen token, n also of the n most likely (at most V). ``workspace``: on a GPU the
+    scratch memory and results of a caller that may not allocate (``triton.Workspace``); on a CPU there is none to give.
     """
     return default_ops(logits.device).sample(
-        logits, temperature, top_k, seed, position, stream,
-        repetition_penalty=repetition_penalty, history=history, history_start=history_start,
+        logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,
+        allowed=allowed, logprobs=logprobs, workspace=workspace,
     )  # fmt: skip

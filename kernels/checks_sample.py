@@ -1,13 +1,35 @@
-"""Argument checks of ``sample``, shared by the backends: one clear ``ValueError`` or ``TypeError`` that names the argument."""
+"""Argument checks of ``sample``, shared by the backends: one clear ``ValueError`` or ``TypeError`` that names the argument.
+
+``sample`` here looks at types, shapes, strides and devices, which costs no look into a tensor. ``values`` reads what is in the tensors; on
+a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER instead.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .api import EndTokens, LogitBias, Penalties
 
-def _raise(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], meaning: str, device: torch.device) -> None:
-    """Say what is wrong with ``t``, which should be a contiguous tensor of this dtype, shape and device."""
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_VOCAB = 1 << 22  # sums of so many weights of 2^40 stay below 2^62
+LARGEST = 1e30  # of penalties and biases: no sum of them and a logit can be NaN
+MAX_COUNT = 1 << 24  # float32 holds counts up to here
+
+
+class _Expected(NamedTuple):
+    name: str
+    tensor: Any
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    meaning: str
+
+
+def _raise(expected: _Expected, device: torch.device) -> None:
+    """Say what is wrong with a tensor that should be contiguous, of this dtype, shape and device."""
+    name, t, dtype, shape, meaning = expected
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype != dtype:
@@ -19,49 +41,135 @@ def _raise(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], mea
     raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
 
+def _length(t: Any) -> tuple[int, ...]:
+    return tuple(t.shape) if isinstance(t, Tensor) and t.dim() == 1 else (0,)
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     position: Tensor,
     stream: Tensor,
-    repetition_penalty: Tensor | None,
-    history: Tensor | None,
-    history_start: Tensor | None,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
+    logprobs: int | None,
 ) -> None:
-    """Check types, shapes, strides and devices; the values inside the tensors are checked by each backend."""
+    """Check everything that can be seen from outside the tensors."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if logits.dtype != torch.float32:
-        raise TypeError(f"logits must be float32, got {logits.dtype}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] < 1 or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(
             f"logits must be [R, V] with V >= 1 and unit stride in V, got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
     rows, vocab = logits.shape
-    if vocab >= 1 << 31:
-        raise ValueError(f"logits must have V < 2^31 columns, got {vocab}")
-    device = logits.device
-    per_row: list[tuple[str, Tensor, torch.dtype, tuple[int, ...], str]] = [
-        ("temperature", temperature, torch.float32, (rows,), "[R]"),
-        ("top_k", top_k, torch.int32, (rows,), "[R]"),
-        ("seed", seed, torch.int64, (rows,), "[R]"),
-        ("position", position, torch.int32, (rows,), "[R]"),
-        ("stream", stream, torch.int32, (rows,), "[R]"),
+    if vocab > MAX_VOCAB:
+        raise ValueError(f"logits must have V <= 2^22 columns, got {vocab}")
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    each = (rows,)
+    expected = [
+        _Expected("temperature", temperature, f32, each, "[R]"),
+        _Expected("top_k", top_k, i32, each, "[R]"),
+        _Expected("top_p", top_p, f32, each, "[R]"),
+        _Expected("min_p", min_p, f32, each, "[R]"),
+        _Expected("seed", seed, i64, each, "[R]"),
+        _Expected("position", position, i32, each, "[R]"),
+        _Expected("stream", stream, i32, each, "[R]"),
     ]
-    given = (repetition_penalty is not None) + (history is not None) + (history_start is not None)
-    if repetition_penalty is not None and history is not None and history_start is not None:
-        size = tuple(history.shape) if isinstance(history, Tensor) and history.dim() == 1 else (0,)
-        per_row += [
-            ("repetition_penalty", repetition_penalty, torch.float32, (rows,), "[R]"),
-            ("history", history, torch.int32, size, "[N]"),
-            ("history_start", history_start, torch.int32, (rows + 1,), "[R + 1]"),
+    for name, group, kind in (("penalties", penalties, Penalties), ("bias", bias, LogitBias), ("end_tokens", end_tokens, EndTokens)):
+        if group is not None and not isinstance(group, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(group).__name__}")
+    if penalties is not None:
+        size = _length(penalties.token)
+        expected += [
+            _Expected("penalties.repetition", penalties.repetition, f32, each, "[R]"),
+            _Expected("penalties.presence", penalties.presence, f32, each, "[R]"),
+            _Expected("penalties.frequency", penalties.frequency, f32, each, "[R]"),
+            _Expected("penalties.token", penalties.token, i32, size, "[N]"),
+            _Expected("penalties.count", penalties.count, i32, size, "[N]"),
+            _Expected("penalties.start", penalties.start, i32, (rows + 1,), "[R + 1]"),
         ]
-    elif given:
-        names = ("repetition_penalty", "history", "history_start")
-        missing = [n for n, t in zip(names, (repetition_penalty, history, history_start), strict=True) if t is None]
-        raise ValueError(f"repetition_penalty, history and history_start must be given together, got None for {' and '.join(missing)}")
-    for name, t, dtype, shape, meaning in per_row:
-        if not (isinstance(t, Tensor) and t.dtype is dtype and t.shape == shape and t.device == device and t.is_contiguous()):
-            _raise(name, t, dtype, shape, meaning, device)
+    if bias is not None:
+        size = _length(bias.token)
+        expected += [
+            _Expected("bias.token", bias.token, i32, size, "[N]"),
+            _Expected("bias.bias", bias.bias, f32, size, "[N]"),
+            _Expected("bias.start", bias.start, i32, (rows + 1,), "[R + 1]"),
+        ]
+    if end_tokens is not None:
+        expected += [
+            _Expected("end_tokens.token", end_tokens.token, i32, _length(end_tokens.token), "[N]"),
+            _Expected("end_tokens.min_position", end_tokens.min_position, i32, each, "[R]"),
+            _Expected("end_tokens.start", end_tokens.start, i32, (rows + 1,), "[R + 1]"),
+        ]
+    if allowed is not None:
+        expected.append(_Expected("allowed", allowed, i32, (rows, (vocab + 31) // 32), "[R, ceil(V / 32)]"))
+    device = logits.device
+    for e in expected:
+        t = e.tensor
+        if not (isinstance(t, Tensor) and t.dtype is e.dtype and t.shape == e.shape and t.device == device and t.is_contiguous()):
+            _raise(e, device)
+    if logprobs is not None:
+        if isinstance(logprobs, bool) or not isinstance(logprobs, int):
+            raise TypeError(f"logprobs must be None or an integer, got {logprobs!r}")
+        if not 0 <= logprobs <= vocab:
+            raise ValueError(f"logprobs must be None or from 0 to V = {vocab}, got {logprobs}")
+
+
+def values(
+    vocab: int,
+    temperature: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+) -> None:
+    """Check what the tensors hold (they passed ``sample``)."""
+    _all("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and >= 0")
+    _all("top_p", top_p, (top_p >= 0) & (top_p <= 1), "in [0, 1]")
+    _all("min_p", min_p, (min_p >= 0) & (min_p <= 1), "in [0, 1]")
+    if penalties is not None:
+        repetition = penalties.repetition
+        _all("penalties.repetition", repetition, (repetition > 0) & repetition.isfinite(), "finite and > 0")
+        _all("penalties.presence", penalties.presence, penalties.presence.abs() <= LARGEST, "within -1e30 and 1e30")
+        _all("penalties.frequency", penalties.frequency, penalties.frequency.abs() <= LARGEST, "within -1e30 and 1e30")
+        _ids("penalties", penalties.token, penalties.start, vocab)
+        used = penalties.count[int(penalties.start[0]) : int(penalties.start[-1])]
+        _all("penalties.count", used, (used >= 0) & (used <= MAX_COUNT), "from 0 to 2^24", int(penalties.start[0]))
+    if bias is not None:
+        _ids("bias", bias.token, bias.start, vocab)
+        addend = bias.bias[int(bias.start[0]) : int(bias.start[-1])]
+        good = (addend.abs() <= LARGEST) | (addend == -torch.inf)
+        _all("bias.bias", addend, good, "within -1e30 and 1e30, or -inf", int(bias.start[0]))
+    if end_tokens is not None:
+        _ids("end_tokens", end_tokens.token, end_tokens.start, vocab, distinct=False)
+
+
+def _all(name: str, tensor: Tensor, good: Tensor, meaning: str, offset: int = 0) -> None:
+    """Raise ``ValueError`` unless all of ``good``."""
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise ValueError(f"{name} must be {meaning}, got {tensor[at].item()} at {at + offset}")
+
+
+def _ids(name: str, token: Tensor, start: Tensor, vocab: int, distinct: bool = True) -> None:
+    """``start`` rises within ``token``, whose ids lie in the vocabulary, distinct in each row."""
+    starts, size = start.tolist(), len(token)
+    for r, s in enumerate(starts):
+        if s < (starts[r - 1] if r else 0) or s > size:
+            raise ValueError(f"{name}.start must rise from >= 0 to <= {size}, the length of {name}.token, got {s} at {r}")
+    used = token[starts[0] : starts[-1]]
+    _all(f"{name}.token", used, (used >= 0) & (used < vocab), f"in [0, {vocab})", starts[0])
+    for r, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
+        if distinct and last - first > 1:
+            ids, counts = token[first:last].unique(return_counts=True)
+            if len(ids) != last - first:
+                raise ValueError(f"{name}.token must be distinct in each row, got {int(ids[counts > 1][0])} more than once in row {r}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, checks_sample
-from .api import SampleResult
+from .api import EndTokens, LogitBias, Penalties, SampleResult
 
 _cpu: Any = None
 _reason: str | None = None
@@ -212,23 +212,50 @@ def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     position: Tensor,
     stream: Tensor,
     *,
-    repetition_penalty: Tensor | None = None,
-    history: Tensor | None = None,
-    history_start: Tensor | None = None,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+    logprobs: int | None = None,
+    workspace: Any = None,
 ) -> SampleResult:
-    """See ``api.sample``. Logprobs are NaN where there is no token; +inf logits share the probability of the raw row evenly."""
-    checks_sample.sample(logits, temperature, top_k, seed, position, stream, repetition_penalty, history, history_start)
+    """See ``api.sample``."""
+    checks_sample.sample(
+        logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
+    )  # fmt: skip
+    _on_cpu("logits", logits)
     rows, vocab = logits.shape
-    result = SampleResult(torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=_F32), torch.empty(rows, dtype=torch.int32))
-    penalty = (0, 0, 0, 0)
-    if repetition_penalty is not None and history is not None and history_start is not None:
-        penalty = (repetition_penalty.data_ptr(), history.data_ptr(), history.shape[0], history_start.data_ptr())
+    result = SampleResult(torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32))
+    if logprobs is not None:
+        result = result._replace(logprobs=torch.empty(rows, dtype=_F32), processed_logprobs=torch.empty(rows, dtype=_F32))
+    if logprobs:
+        result = result._replace(
+            top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
+            top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
+            processed_top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
+            processed_top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
+        )
     _cpu.sample(
-        logits.data_ptr(), logits.stride(0), rows, vocab, temperature.data_ptr(), top_k.data_ptr(), seed.data_ptr(), position.data_ptr(),
-        stream.data_ptr(), *penalty, result.tokens.data_ptr(), result.logprobs.data_ptr(), result.status.data_ptr(),
+        logits.data_ptr(), _DTYPE[logits.dtype], logits.stride(0), rows, vocab,
+        _addresses((temperature, top_k, top_p, min_p, seed, position, stream)),
+        *_list(penalties, 6), *_list(bias, 3), *_list(end_tokens, 3), 0 if allowed is None else allowed.data_ptr(), logprobs or 0,
+        _addresses(result),
     )  # fmt: skip
     return result
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+
+def _list(group: Penalties | LogitBias | EndTokens | None, size: int) -> tuple[tuple[int, ...], int]:
+    """The addresses of a list of tokens by rows, and its length. None, and a list without entries, is no list."""
+    if group is None or not len(group.token):
+        return (0,) * size, 0
+    return _addresses(group), len(group.token)

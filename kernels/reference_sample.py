@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks_sample
+from . import checks_sample, fixed_math
 from . import noise as noise_law
-from .api import STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, SampleResult
+from .api import STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, EndTokens, LogitBias, Penalties, SampleResult
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy
+_SMALLEST_NORMAL = 2.0**-126  # fixed_math.log takes no smaller number: such a min_p is off
 _MAX_ELEMENTS = 1 << 20  # of a group of rows worked on at once: bounds the memory of the noise
 
 
@@ -19,79 +21,145 @@ def sample(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seed: Tensor,
     position: Tensor,
     stream: Tensor,
     *,
-    repetition_penalty: Tensor | None = None,
-    history: Tensor | None = None,
-    history_start: Tensor | None = None,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+    logprobs: int | None = None,
+    workspace: Any = None,
 ) -> SampleResult:
-    """See ``api.sample``. Logprobs are NaN where there is no token; +inf logits share the probability of the raw row evenly."""
-    checks_sample.sample(logits, temperature, top_k, seed, position, stream, repetition_penalty, history, history_start)
-    _check_rows("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and >= 0")
-    z = logits
-    if repetition_penalty is not None and history is not None and history_start is not None:
-        z = _penalise(logits, repetition_penalty, history, history_start)
+    """See ``api.sample``."""
+    checks_sample.sample(
+        logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
+    )  # fmt: skip
+    vocab = logits.shape[1]
+    checks_sample.values(vocab, temperature, top_p, min_p, penalties, bias, end_tokens)
     results = []
-    rows = max(1, _MAX_ELEMENTS // logits.shape[1])
-    for part in torch.arange(len(logits), device=logits.device).split(rows):
-        per_row = (t[part] for t in (temperature, top_k, seed, position, stream))
-        results.append(_sample(logits[part], z[part], *per_row))
-    return SampleResult(*(torch.cat(column) for column in zip(*results, strict=True)))
+    for part in torch.arange(len(logits), device=logits.device).split(max(1, _MAX_ELEMENTS // vocab)):
+        raw = logits[part].float()
+        x = _adjust(raw, part.tolist(), position, penalties, bias, end_tokens)
+        if allowed is not None:
+            bit = torch.arange(vocab, device=logits.device)
+            x = torch.where((allowed[part][:, bit >> 5] >> (bit & 31).int() & 1).bool(), x, -math.inf)
+        per_row = (t[part] for t in (temperature, top_k, top_p, min_p, seed, position, stream))
+        results.append(_sample(raw, x, *per_row, logprobs))
+    return SampleResult(*(None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True)))
+
+
+def _adjust(
+    raw: Tensor, rows: list[int], position: Tensor, penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None
+) -> Tensor:
+    """Steps 1 and 2 of the contract, but for the mask: ``raw`` (the given rows of the call) with the adjustments of single tokens."""
+    x = raw.clone()
+    for i, r in enumerate(rows):
+        if penalties is not None:
+            ids, (count,) = _entries(penalties.token, penalties.start, r, penalties.count)
+            value, repetition = x[i, ids], penalties.repetition[r]
+            value = torch.where(value > 0, value / repetition, value * repetition)
+            value = torch.where(count > 0, value - penalties.frequency[r] * count.float(), value)
+            x[i, ids] = torch.where(count > 0, value - penalties.presence[r], value)
+        if bias is not None:
+            ids, (addend,) = _entries(bias.token, bias.start, r, bias.bias)
+            x[i, ids] = torch.where(addend == -math.inf, -math.inf, x[i, ids] + addend)
+        if end_tokens is not None and bool(position[r] < end_tokens.min_position[r]):
+            x[i, _entries(end_tokens.token, end_tokens.start, r)[0]] = -math.inf
+    return x
+
+
+def _entries(token: Tensor, start: Tensor, row: int, *more: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The ids of a row's list, and what goes with them."""
+    mine = slice(int(start[row]), int(start[row + 1]))
+    return token[mine].long(), tuple(t[mine] for t in more)
 
 
 def _sample(
-    logits: Tensor, penalised: Tensor, temperature: Tensor, top_k: Tensor, seed: Tensor, position: Tensor, stream: Tensor
+    raw: Tensor,
+    x: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    logprobs: int | None,
 ) -> SampleResult:
-    vocab = logits.shape[1]
+    """Steps 3 to 7 for a few rows."""
+    vocab = raw.shape[1]
     greedy = (temperature < GREEDY_BELOW)[:, None]
-    z = penalised / torch.where(greedy, 1.0, temperature[:, None])
+    z = x / torch.where(greedy, 1.0, temperature[:, None])
+    status = torch.full_like(top_k, STATUS_OK)
+    status[(z == -math.inf).all(dim=1)] = STATUS_NOTHING_ALLOWED
+    status[raw.isnan().any(dim=1)] = STATUS_NAN
+    ok = status == STATUS_OK
 
-    filtered = (top_k > 0) & (top_k < vocab)
-    threshold = torch.full_like(z[:, :1], -math.inf)
-    if bool(filtered.any()):
-        descending = z[filtered].sort(dim=1, descending=True).values
-        threshold[filtered] = descending.gather(1, top_k[filtered].long()[:, None] - 1)
-    kept = (z >= threshold) & (z > -math.inf)
+    largest = z.amax(dim=1, keepdim=True)
+    # Where the largest is +inf only such tokens count; rows without a token get any finite number, and are dropped in the end.
+    weight = fixed_math.weight(torch.where(ok[:, None] & (largest < math.inf), z - largest, -math.inf))
+    kept = _filter(z, largest, weight, top_k, top_p, min_p) & (z > -math.inf)
+    kept = torch.where(greedy, z > -math.inf, kept)
+    kept = torch.where(largest == math.inf, z == largest, kept)
 
     score = z - noise_law.noise(seed, position, stream, vocab).log_exponential
     token = torch.where(greedy, z, score.masked_fill(~kept, -math.inf)).argmax(dim=1)  # the first of several maxima
-
-    status = torch.full_like(top_k, STATUS_OK)
-    status[(z == -math.inf).all(dim=1)] = STATUS_NOTHING_ALLOWED
-    status[logits.isnan().any(dim=1)] = STATUS_NAN
-    ok = status == STATUS_OK
-    return SampleResult(torch.where(ok, token, -1), torch.where(ok, _logprob(logits, token), math.nan), status)
-
-
-def _logprob(logits: Tensor, token: Tensor) -> Tensor:
-    """Natural log-softmax of raw rows at ``token``, float32 ``[R]``; with +inf entries, those share the probability evenly."""
-    chosen = logits.gather(1, token[:, None])[:, 0]
-    plain = logits.double().log_softmax(dim=1).gather(1, token[:, None])[:, 0]
-    infinite = (logits == math.inf).sum(dim=1)
-    among_infinite = torch.where(chosen == math.inf, -infinite.double().log(), -math.inf)
-    return torch.where(infinite > 0, among_infinite, plain).float()
+    token = torch.where(ok, token, -1)
+    if logprobs is None:
+        return SampleResult(token, status)
+    processed = torch.where(
+        kept, z.double() - largest - ((weight * kept).sum(dim=1, keepdim=True) * 2.0**-fixed_math.WEIGHT_BITS).log(), -math.inf
+    )
+    processed = torch.where(largest == math.inf, _log_softmax(z), processed)
+    chosen: list[Tensor] = []
+    tops: list[Tensor] = []
+    for values, distribution in ((raw, _log_softmax(raw)), (z.masked_fill(~kept, -math.inf), processed)):
+        chosen.append(torch.where(ok, distribution.gather(1, token.clamp(min=0)[:, None])[:, 0], math.nan).float())
+        tops += _top(values, distribution, ok, logprobs)
+    return SampleResult(token, status, *chosen, *tops)
 
 
-def _penalise(logits: Tensor, penalty: Tensor, history: Tensor, history_start: Tensor) -> Tensor:
-    """A copy of ``logits`` with the distinct ids of each row's history divided (if positive) or multiplied by the row's penalty."""
-    _check_rows("repetition_penalty", penalty, (penalty > 0) & penalty.isfinite(), "finite and > 0")
-    start, size = history_start.tolist(), len(history)
-    if start[0] < 0 or start[-1] > size or any(a > b for a, b in zip(start, start[1:], strict=False)):
-        raise ValueError(f"history_start must rise from >= 0 to <= {size}, the length of history, got {start}")
-    used = history[start[0] : start[-1]]
-    _check_rows("history", used, (used >= 0) & (used < logits.shape[1]), f"in [0, {logits.shape[1]})")
-    out = logits.clone()
-    for row, (first, last) in enumerate(zip(start, start[1:], strict=False)):
-        ids = history[first:last].long().unique()
-        value, p = out[row, ids], penalty[row]
-        out[row, ids] = torch.where(value > 0, value / p, value * p)
-    return out
+def _filter(z: Tensor, largest: Tensor, weight: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Which tokens top-k, top-p and min-p keep, bool ``[R, V]``: those with ``z`` at or above the largest of three thresholds."""
+    vocab = z.shape[1]
+    ordered = z.sort(dim=1, descending=True)
+    threshold = torch.full_like(largest, -math.inf)
+
+    by_k = (top_k > 0) & (top_k < vocab)
+    kth = ordered.values.gather(1, top_k.clamp(1, vocab).long()[:, None] - 1)
+    threshold = torch.where(by_k[:, None], kth, threshold)
+
+    mass = torch.where(ordered.values >= threshold, weight.gather(1, ordered.indices), 0).cumsum(dim=1)
+    # The mass of the tokens above each, ties not among them: of equal values the first has it.
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)
+    is_first = torch.cat([torch.ones_like(kth, dtype=torch.bool), ordered.values[:, 1:] < ordered.values[:, :-1]], dim=1)
+    above = torch.where(is_first, before, -1).cummax(dim=1).values
+    stays = above < fixed_math.mass_needed(mass[:, -1:], top_p[:, None])
+    smallest = torch.where(stays, ordered.values, math.inf).amin(dim=1, keepdim=True)
+    threshold = torch.where((top_p < 1)[:, None], torch.maximum(threshold, smallest), threshold)
+
+    by_min = (min_p >= _SMALLEST_NORMAL)[:, None]
+    log_min_p = fixed_math.log(torch.where(by_min, min_p[:, None], 1.0))
+    threshold = torch.where(by_min, torch.maximum(threshold, largest + log_min_p), threshold)
+    return z >= threshold
 
 
-def _check_rows(name: str, values: Tensor, good: Tensor, meaning: str) -> None:
-    """Raise ``ValueError`` unless all of ``good``."""
-    if not bool(good.all()):
-        at = int((~good).nonzero()[0])
-        raise ValueError(f"{name} must be {meaning}, got {values[at].item()} at {at}")
+def _log_softmax(x: Tensor) -> Tensor:
+    """Natural log-softmax in float64; with +inf entries, those share the probability evenly."""
+    infinite = (x == math.inf).sum(dim=1, keepdim=True)
+    among_infinite = torch.where(x == math.inf, -infinite.double().log(), -math.inf)
+    return torch.where(infinite > 0, among_infinite, x.double().log_softmax(dim=1))
+
+
+def _top(values: Tensor, distribution: Tensor, ok: Tensor, n: int) -> list[Tensor]:
+    """The ``n`` largest of ``values`` (lowest id first on ties): tokens int64 and log-probabilities float32 ``[R, n]``."""
+    if n == 0:
+        return []
+    ordered = values.sort(dim=1, descending=True, stable=True)
+    tokens = ordered.indices[:, :n]
+    there = ok[:, None] & (ordered.values[:, :n] > -math.inf)
+    return [torch.where(there, tokens, -1), torch.where(there, distribution.gather(1, tokens), -math.inf).float()]

@@ -60,21 +60,43 @@ inline __attribute__((always_inline)) AttentionRange attention_range(const Atten
     return {window > 0 && end > window ? end - window : 0, end};
 }
 
-// ---- sample (isa/sample.cpp) ----
+// ---- sample (isa/sample.cpp; the names are those of kernels/api.py) ----
+// Entries start[r] .. start[r + 1] - 1 belong to row r.
+struct RaggedTokens {
+    const int32_t* token;  // null: the call has none
+    const int32_t* start;  // [rows + 1]
+    int64_t size;          // of token
+};
 struct SampleArgs {
-    const float* logits;  // [rows, vocab], rows row_stride floats apart
+    const void* logits;  // [rows, vocab] of dtype, rows row_stride elements apart
+    DType dtype;
     int64_t row_stride, rows, vocab;
     const float* temperature;  // this and the following: one entry per row
     const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
     const int64_t* seed;
     const int32_t* position;
     const int32_t* stream;
-    const float* penalty;  // null: no penalty, no history
-    const int32_t* history;
-    const int32_t* history_start;  // [rows + 1]
+    RaggedTokens penalised;
+    const int32_t* count;     // beside penalised.token
+    const float* repetition;  // [rows]
+    const float* presence;
+    const float* frequency;
+    RaggedTokens biased;
+    const float* bias;  // beside biased.token
+    RaggedTokens ends;
+    const int32_t* min_position;  // [rows]
+    const uint32_t* allowed;      // [rows, ceil(vocab / 32)], or null
     int64_t* tokens;
-    float* logprobs;
     int32_t* status;
+    float* logprobs;            // null: no log-probabilities at all
+    float* processed_logprobs;  // [rows]
+    int64_t top;                // entries per row of the following four
+    int64_t* top_tokens;
+    float* top_logprobs;
+    int64_t* processed_top_tokens;
+    float* processed_top_logprobs;
 };
 
 // ---- elementwise (isa/elementwise.cpp) ----
@@ -119,6 +141,8 @@ struct Kernels {
     void (*noise_of_row)(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
     // E and log(E) of n words.
     void (*noise_of_words)(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
+    // floor(exp(d) * 2^40) of n values d <= 0.
+    void (*weights_of_values)(const float* values, int64_t n, int64_t* weights);
 };
 
 namespace portable {

@@ -1,7 +1,8 @@
-// The intermediates of the noise, for tests.
+// The intermediates of the noise and of the masses, for tests.
 #include "noise.h"
 
 #include "../kernels.h"
+#include "weight.h"
 
 namespace engine {
 namespace ENGINE_ISA {
@@ -13,7 +14,7 @@ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows) {
     const NoiseKey key = {static_cast<uint64_t>(seed), static_cast<uint32_t>(position), static_cast<uint32_t>(stream)};
-    const BlockNoise noise = block_noise(key);
+    const RowNoise noise = row_noise(key);
     for (int64_t begin = 0; begin < vocab; begin += kBlock) {
         uint32_t block[kBlock];
         block_words(noise, static_cast<uint32_t>(begin), block);
@@ -30,6 +31,15 @@ void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, floa
     for (int64_t i = 0; i < n; ++i) {
         exponential[i] = noise_exponential(words[i], lows[i]);
         log_exponential[i] = fixed_log(exponential[i]);
+    }
+}
+
+void weights_of_values(const float* values, int64_t n, int64_t* weights) {
+    for (int64_t begin = 0; begin < n; begin += kBlock) {
+        float w[kBlock];
+        const int64_t count = smaller(kBlock, n - begin);
+        weights_of(values + begin, count, 0.0f, w);
+        for (int64_t i = 0; i < count; ++i) weights[begin + i] = static_cast<int64_t>(w[i]);
     }
 }
 

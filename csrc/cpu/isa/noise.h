@@ -1,4 +1,4 @@
-// The words of the token law, 128 tokens at a time: what common/philox.h computes one counter at a time. 256-bit vectors under AVX-512 too.
+// The words of the token law for many tokens at once: what common/philox.h computes one counter at a time.
 #pragma once
 
 #include "../../common/fixed_math.h"
@@ -7,77 +7,151 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-constexpr int kBlock = 128;    // tokens whose words are made at once
-constexpr int kMaskLanes = 8;  // of at_most and at_least
+constexpr int kBlock = 128;  // tokens whose words are made at once
 
 #if ENGINE_ISA_LEVEL >= 1
 
-// The round keys of a row and the three counter words that all its tokens share.
-struct BlockNoise {
-    __m256i round_key[kPhiloxRounds][2], position, stream;
+// A vector of 64-bit lanes, each holding one word of one counter in its low half, so that a multiplication yields high and low half side by
+// side; what is in the high halves never matters.
+#if ENGINE_ISA_LEVEL == 2
+using Wide = __m512i;
+constexpr int kCounters = 8;  // of a vector
+ENGINE_INLINE Wide wide(uint32_t a) { return _mm512_set1_epi64(a); }
+ENGINE_INLINE Wide wide_multiply(Wide a, Wide b) { return _mm512_mul_epu32(a, b); }
+ENGINE_INLINE Wide wide_high(Wide a) { return _mm512_srli_epi64(a, 32); }
+ENGINE_INLINE Wide wide_xor(Wide a, Wide b) { return _mm512_xor_si512(a, b); }
+ENGINE_INLINE Wide wide_xor(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+ENGINE_INLINE Wide wide_add(Wide a, Wide b) { return _mm512_add_epi64(a, b); }
+ENGINE_INLINE Wide wide_load(const uint32_t* p) { return _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+ENGINE_INLINE Wide wide_pair(Wide low, Wide high) { return _mm512_mask_mov_epi32(low, 0xaaaa, _mm512_slli_epi64(high, 32)); }
+ENGINE_INLINE void wide_store(uint32_t* out, Wide w01, Wide w23) {  // counters of lanes 0, 2, 4, 6, then 1, 3, 5, 7
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(w01, w23));
+    _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi64(w01, w23));
+}
+ENGINE_INLINE Wide wide_order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // whose store is in order
+#else
+using Wide = __m256i;
+constexpr int kCounters = 4;
+ENGINE_INLINE Wide wide(uint32_t a) { return _mm256_set1_epi64x(a); }
+ENGINE_INLINE Wide wide_multiply(Wide a, Wide b) { return _mm256_mul_epu32(a, b); }
+ENGINE_INLINE Wide wide_high(Wide a) { return _mm256_srli_epi64(a, 32); }
+ENGINE_INLINE Wide wide_xor(Wide a, Wide b) { return _mm256_xor_si256(a, b); }
+ENGINE_INLINE Wide wide_xor(Wide a, Wide b, Wide c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+ENGINE_INLINE Wide wide_add(Wide a, Wide b) { return _mm256_add_epi64(a, b); }
+ENGINE_INLINE Wide wide_load(const uint32_t* p) { return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+ENGINE_INLINE Wide wide_pair(Wide low, Wide high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xaa); }
+ENGINE_INLINE void wide_store(uint32_t* out, Wide w01, Wide w23) {  // counters of lanes 0, 2, then 1, 3
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_unpacklo_epi64(w01, w23));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), _mm256_unpackhi_epi64(w01, w23));
+}
+ENGINE_INLINE Wide wide_order() { return _mm256_setr_epi64x(0, 2, 1, 3); }
+#endif
+
+// What all tokens of a row share. Only the first of the four counter words differs between them, so that half of the first two rounds is
+// done here: after them the counter is (high(M1 * x) ^ first, M1 * x, low(M0 * index) ^ second, third), x = high(M0 * index) ^ zeroth.
+struct RowNoise {
+    Wide key[kPhiloxRounds][2], zeroth, first, second, third;
 };
 
-ENGINE_INLINE BlockNoise block_noise(NoiseKey key) {
-    BlockNoise n;
+ENGINE_INLINE RowNoise row_noise(NoiseKey key) {
+    RowNoise n;
     uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+    const uint64_t p1 = uint64_t{kPhiloxM1} * key.stream;
+    const uint64_t p0 = uint64_t{kPhiloxM0} * (static_cast<uint32_t>(p1 >> 32) ^ key.position ^ k0);
+    n.zeroth = wide(kDomainSample ^ k1);
     for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
-        n.round_key[round][0] = _mm256_set1_epi32(static_cast<int>(k0));
-        n.round_key[round][1] = _mm256_set1_epi32(static_cast<int>(k1));
+        n.key[round][0] = wide(k0);
+        n.key[round][1] = wide(k1);
+        if (round == 1) {
+            n.first = wide(static_cast<uint32_t>(p1) ^ k0);
+            n.second = wide(static_cast<uint32_t>(p0 >> 32) ^ k1);
+            n.third = wide(static_cast<uint32_t>(p0));
+        }
     }
-    n.position = _mm256_set1_epi32(static_cast<int>(key.position));
-    n.stream = _mm256_set1_epi32(static_cast<int>(key.stream));
     return n;
 }
 
-// Each 64-bit lane holds one word of one counter in its low half, so that a multiplication yields high and low half side by side; what is
-// in the high halves never matters. 8 counters (32 tokens) per step: two chains, to fill the pipeline.
-ENGINE_INLINE void block_words(const BlockNoise& noise, uint32_t first_token, uint32_t* words) {
-    const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-    // Counters 0, 2, 1, 3: the unpacking below works on 128-bit halves and brings them into order.
-    __m256i index = _mm256_add_epi64(_mm256_set1_epi64x(first_token / 4), _mm256_setr_epi64x(0, 2, 1, 3));
-    for (int token = 0; token < kBlock; token += 32) {
-        __m256i c[2][4];
-        for (int half = 0; half < 2; ++half) {
-            c[half][0] = _mm256_add_epi64(index, _mm256_set1_epi64x(4 * half));
-            c[half][1] = noise.position;
-            c[half][2] = noise.stream;
-            c[half][3] = _mm256_set1_epi32(kDomainSample);
-        }
+// The four words of each of 2 * kCounters counters, in the order of wide_store; two chains, to fill the pipeline.
+ENGINE_INLINE void wide_words(const RowNoise& noise, const Wide (&index)[2], uint32_t* out) {
+    const Wide m0 = wide(kPhiloxM0), m1 = wide(kPhiloxM1);
+    Wide c[2][4];
+    for (int half = 0; half < 2; ++half) {
+        const Wide p0 = wide_multiply(index[half], m0);
+        const Wide p1 = wide_multiply(wide_xor(wide_high(p0), noise.zeroth), m1);
+        c[half][0] = wide_xor(wide_high(p1), noise.first);
+        c[half][1] = p1;
+        c[half][2] = wide_xor(p0, noise.second);
+        c[half][3] = noise.third;
+    }
 #pragma GCC unroll 10
-        for (int round = 0; round < kPhiloxRounds; ++round) {
-            const __m256i k0 = noise.round_key[round][0], k1 = noise.round_key[round][1];
+    for (int round = 2; round < kPhiloxRounds; ++round) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; ++half) {
-                const __m256i p0 = _mm256_mul_epu32(c[half][0], m0), p1 = _mm256_mul_epu32(c[half][2], m1);
-                c[half][0] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c[half][1], k0));
-                c[half][1] = p1;
-                c[half][2] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c[half][3], k1));
-                c[half][3] = p0;
-            }
-        }
         for (int half = 0; half < 2; ++half) {
-            const __m256i w01 = _mm256_blend_epi32(c[half][0], _mm256_slli_epi64(c[half][1], 32), 0xaa);
-            const __m256i w23 = _mm256_blend_epi32(c[half][2], _mm256_slli_epi64(c[half][3], 32), 0xaa);
-            __m256i* out = reinterpret_cast<__m256i*>(words + token + 16 * half);
-            _mm256_storeu_si256(out, _mm256_unpacklo_epi64(w01, w23));      // counters 0, 1
-            _mm256_storeu_si256(out + 1, _mm256_unpackhi_epi64(w01, w23));  // counters 2, 3
+            const Wide p0 = wide_multiply(c[half][0], m0), p1 = wide_multiply(c[half][2], m1);
+            c[half][0] = wide_xor(wide_high(p1), c[half][1], noise.key[round][0]);
+            c[half][1] = p1;
+            c[half][2] = wide_xor(wide_high(p0), c[half][3], noise.key[round][1]);
+            c[half][3] = p0;
         }
-        index = _mm256_add_epi64(index, _mm256_set1_epi64x(8));
+    }
+    for (int half = 0; half < 2; ++half)
+        wide_store(out + 4 * kCounters * half, wide_pair(c[half][0], c[half][1]), wide_pair(c[half][2], c[half][3]));
+}
+
+// The words of the kBlock tokens from first_token on.
+ENGINE_INLINE void block_words(const RowNoise& noise, uint32_t first_token, uint32_t* words) {
+    Wide index = wide_add(wide(first_token / 4), wide_order());
+    for (int token = 0; token < kBlock; token += 8 * kCounters) {
+        const Wide both[2] = {index, wide_add(index, wide(kCounters))};
+        wide_words(noise, both, words + token);
+        index = wide_add(index, wide(2 * kCounters));
     }
 }
 
-// Bit i set where words[i] <= limit, for 8 words.
+constexpr int kTokens = 2 * kCounters;  // of token_words
+
+// The words of kTokens tokens that lie anywhere.
+ENGINE_INLINE void token_words(const RowNoise& noise, const int32_t* tokens, uint32_t* words) {
+    uint32_t index[kTokens], all[4 * kTokens];
+    for (int i = 0; i < kTokens; ++i) index[i] = static_cast<uint32_t>(tokens[i]) / 4;
+    const Wide both[2] = {wide_load(index), wide_load(index + kCounters)};
+    wide_words(noise, both, all);
+    for (int i = 0; i < kTokens; ++i) {
+        const int lane = i % kCounters;  // even lanes are stored first
+        words[i] = all[4 * (i - lane + lane / 2 + lane % 2 * (kCounters / 2)) + (tokens[i] & 3)];
+    }
+}
+
+#if ENGINE_ISA_LEVEL == 2
+
+constexpr int kMaskLanes = 16;  // of at_most and at_least
+
+// Bit i set where words[i] <= limit.
+ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
+    return _mm512_cmple_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(static_cast<int>(limit)));
+}
+ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(limit), _CMP_GE_OQ);
+}
+// Whether any of a block's words is <= limit.
+ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
+    __m512i least = _mm512_loadu_si512(words);
+    for (int i = 16; i < kBlock; i += 16) least = _mm512_min_epu32(least, _mm512_loadu_si512(words + i));
+    return _mm512_cmple_epu32_mask(least, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
+}
+
+#else
+
+constexpr int kMaskLanes = 8;
+
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     const __m256i is_less = _mm256_cmpeq_epi32(_mm256_min_epu32(w, _mm256_set1_epi32(static_cast<int>(limit))), w);
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_less)));
 }
-
 ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_set1_ps(limit), _CMP_GE_OQ)));
 }
-
-// Whether any of a block's words is <= limit.
 ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
     const __m256i* w = reinterpret_cast<const __m256i*>(words);
     __m256i least[4];
@@ -88,31 +162,39 @@ ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
     return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_min_epu32(all, _mm256_set1_epi32(static_cast<int>(limit))), all)) != 0;
 }
 
+#endif
 #else
 
-using BlockNoise = NoiseKey;
+using RowNoise = NoiseKey;
 
-ENGINE_INLINE BlockNoise block_noise(NoiseKey key) { return key; }
+ENGINE_INLINE RowNoise row_noise(NoiseKey key) { return key; }
 
-ENGINE_INLINE void block_words(const BlockNoise& noise, uint32_t first_token, uint32_t* words) {
+ENGINE_INLINE void block_words(const RowNoise& noise, uint32_t first_token, uint32_t* words) {
     for (int i = 0; i < kBlock / 4; ++i) {
         const Philox four = noise_words(noise, first_token / 4 + i, kDomainSample);
         memcpy(words + 4 * i, four.word, sizeof four.word);
     }
 }
 
+constexpr int kTokens = 8;
+
+ENGINE_INLINE void token_words(const RowNoise& noise, const int32_t* tokens, uint32_t* words) {
+    for (int i = 0; i < kTokens; ++i)
+        words[i] = noise_words(noise, static_cast<uint32_t>(tokens[i]) / 4, kDomainSample).word[tokens[i] & 3];
+}
+
+constexpr int kMaskLanes = 8;
+
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
     uint32_t bits = 0;
     for (int i = 0; i < kMaskLanes; ++i) bits |= static_cast<uint32_t>(words[i] <= limit) << i;
     return bits;
 }
-
 ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
     uint32_t bits = 0;
     for (int i = 0; i < kMaskLanes; ++i) bits |= static_cast<uint32_t>(values[i] >= limit) << i;
     return bits;
 }
-
 ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
     bool any = false;
     for (int i = 0; i < kBlock; ++i) any |= words[i] <= limit;

@@ -76,6 +76,11 @@ ENGINE_INLINE VecF load_bf16(const uint16_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
 ENGINE_INLINE VecF load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+struct NanSeen {  // whether any lane of what was noted is NaN
+    __mmask16 lanes = 0;
+    ENGINE_METHOD void note(VecF a, VecF b) { lanes |= _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
+    ENGINE_METHOD bool any() const { return lanes != 0; }
+};
 
 #elif ENGINE_ISA_LEVEL == 1
 
@@ -102,6 +107,11 @@ ENGINE_INLINE VecF load_bf16(const uint16_t* p) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
 ENGINE_INLINE VecF load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+struct NanSeen {  // whether any lane of what was noted is NaN
+    __m256 lanes = _mm256_setzero_ps();
+    ENGINE_METHOD void note(VecF a, VecF b) { lanes = _mm256_or_ps(lanes, _mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)); }
+    ENGINE_METHOD bool any() const { return _mm256_movemask_ps(lanes) != 0; }
+};
 
 #else
 
@@ -150,6 +160,12 @@ ENGINE_INLINE VecF load_f16(const uint16_t* p) {
     for (int i = 0; i < kLanes; ++i) t[i] = from_f16(p[i]);
     return load(t);
 }
+struct NanSeen {  // whether any lane of what was noted is NaN
+    typedef int32_t Int4 __attribute__((vector_size(16)));
+    Int4 lanes = {};
+    ENGINE_METHOD void note(VecF a, VecF b) { lanes |= (a.lo != a.lo) | (a.hi != a.hi) | (b.lo != b.lo) | (b.hi != b.hi); }
+    ENGINE_METHOD bool any() const { return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0; }
+};
 
 #endif
 

@@ -15,6 +15,7 @@ void attention_merge(const AttentionArgs& args, const AttentionItem& item);  // 
 void sample(const SampleArgs& args);  // sample.cpp
 void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
 void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
+void weights_of_values(const float* values, int64_t n, int64_t* weights);
 
 void embed(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out);  // elementwise.cpp
 void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out);
@@ -33,6 +34,7 @@ const Kernels& kernels() {
         k.sample = sample;
         k.noise_of_row = noise_of_row;
         k.noise_of_words = noise_of_words;
+        k.weights_of_values = weights_of_values;
         k.embed = embed;
         k.rms_norm = rms_norm;
         k.silu_mul = silu_mul;
