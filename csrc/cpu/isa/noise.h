@@ -124,14 +124,9 @@ ENGINE_INLINE void token_words(const RowNoise& noise, const int32_t* tokens, uin
 
 #if ENGINE_ISA_LEVEL == 2
 
-constexpr int kMaskLanes = 16;  // of at_most and at_least
-
-// Bit i set where words[i] <= limit.
+// Bit i set where words[i] <= limit, for kLanes words.
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
     return _mm512_cmple_epu32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(static_cast<int>(limit)));
-}
-ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
-    return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(limit), _CMP_GE_OQ);
 }
 // Whether any of a block's words is <= limit.
 ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
@@ -142,15 +137,10 @@ ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
 
 #else
 
-constexpr int kMaskLanes = 8;
-
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
     const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
     const __m256i is_less = _mm256_cmpeq_epi32(_mm256_min_epu32(w, _mm256_set1_epi32(static_cast<int>(limit))), w);
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_less)));
-}
-ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_set1_ps(limit), _CMP_GE_OQ)));
 }
 ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
     const __m256i* w = reinterpret_cast<const __m256i*>(words);
@@ -183,16 +173,9 @@ ENGINE_INLINE void token_words(const RowNoise& noise, const int32_t* tokens, uin
         words[i] = noise_words(noise, static_cast<uint32_t>(tokens[i]) / 4, kDomainSample).word[tokens[i] & 3];
 }
 
-constexpr int kMaskLanes = 8;
-
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {
     uint32_t bits = 0;
-    for (int i = 0; i < kMaskLanes; ++i) bits |= static_cast<uint32_t>(words[i] <= limit) << i;
-    return bits;
-}
-ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
-    uint32_t bits = 0;
-    for (int i = 0; i < kMaskLanes; ++i) bits |= static_cast<uint32_t>(values[i] >= limit) << i;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(words[i] <= limit) << i;
     return bits;
 }
 ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {

@@ -29,29 +29,29 @@ struct Choice {
     float top, tau;  // largest z, and the smallest that is kept
 };
 
-// From the block maxima to the token.
+// From the block maxima to the token; `drawn`: the winner of the race over the whole row if that has been run, else -1.
 template <class T>
-Choice choose(const Row& row, const Logits<T>& logits, bool split) {
+Choice choose(const Row& row, const Logits<T>& logits, bool split, int64_t drawn) {
     for (int64_t chunk = 0; chunk < row.chunks(); ++chunk)
         if (row.stats[chunk].nan) return {kNan, -1, 0, 0};
-    const float top = extremes(row.block_z, row.blocks()).most;
+    const int64_t first_block = first_largest(row.block_z, row.blocks());
+    const float top = row.block_z[first_block];
     if (top == -kInf) return {kNothingAllowed, -1, 0, 0};
-    int64_t first_block = 0;
-    while (row.block_z[first_block] != top) ++first_block;
     if (row.greedy || top == kInf) {
         int64_t token = first_block * kBlock;
         while (logits.at(token) != top) ++token;
         return {kOk, token, top, -kInf};
     }
+    if (drawn >= 0) return {kOk, drawn, top, -kInf};
     const Kept kept = filter(row, logits, top);
     return {kOk, race(row, logits, kept, first_block, split), top, kept.tau};
 }
 
 // After the scan: everything else, and the results.
 template <class Raw, class T>
-void finish(const SampleArgs& a, int64_t r, const Row& row, const Raw* raw, const T* values, bool split) {
+void finish(const SampleArgs& a, int64_t r, const Row& row, const Raw* raw, const T* values, bool split, int64_t drawn) {
     const Logits<T> logits = {values, row.vocab, row.temperature};
-    const Choice choice = choose(row, logits, split);
+    const Choice choice = choose(row, logits, split, drawn);
     a.tokens[r] = choice.token;
     a.status[r] = choice.status;
     if (a.logprobs == nullptr) return;
@@ -90,23 +90,38 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     row.key = {static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]), static_cast<uint32_t>(a.stream[r])};
     lay_out(&row, static_cast<char*>(scratch(slot, lay_out(&row, nullptr))));
 
-    if (split)
-        parallel_for(row.chunks(), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t chunk = begin; chunk < end; ++chunk) scan(row, raw, chunk);
-        });
-    else
-        for (int64_t chunk = 0; chunk < row.chunks(); ++chunk) scan(row, raw, chunk);
-
-    memcpy(row.block_z, row.raw_max, static_cast<size_t>(row.blocks()) * 4);
     const Adjustments adjustments = adjustments_of(a, r);
-    if (adjustments.any()) adjust(row, raw, adjustments);
-    if (row.temperature != 1)  // rounds monotonically: still the largest of the block
-        for (int64_t b = 0; b < row.blocks(); ++b) row.block_z[b] /= row.temperature;
+    // A row that is neither adjusted nor filtered runs its race chunk by chunk behind the scan: one read of it, the noise in its shadow.
+    const bool in_one_pass = !adjustments.any() && !row.greedy && !row.filtered();
+    const Race<T> race = {row, {raw, row.vocab, row.temperature}, -kInf, row_noise(row.key)};
+    const auto run_chunk = [&](int64_t chunk, Best* best) {
+        scan(row, raw, chunk);
+        const int64_t first = chunk * (kChunk / kBlock), end = smaller(row.blocks(), first + kChunk / kBlock);
+        for (int64_t b = first; b < end; ++b)
+            row.block_z[b] = row.raw_max[b] / row.temperature;  // still the largest: rounding is monotonic
+        if (in_one_pass) race.run_chunk(chunk, best);
+    };
+    Best best = {-kInf, row.vocab};
+    if (split) {
+        parallel_for(row.chunks(), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t chunk = begin; chunk < end; ++chunk) {
+                row.best[chunk] = {-kInf, row.vocab};
+                run_chunk(chunk, &row.best[chunk]);
+            }
+        });
+        for (int64_t chunk = 0; chunk < row.chunks(); ++chunk)
+            if (better(row.best[chunk], best)) best = row.best[chunk];
+    } else {
+        for (int64_t chunk = 0; chunk < row.chunks(); ++chunk) run_chunk(chunk, &best);
+    }
 
-    if (adjustments.any())
-        finish(a, r, row, raw, row.adjusted, split);
-    else
-        finish(a, r, row, raw, raw, split);
+    const int64_t drawn = in_one_pass ? best.token : -1;
+    if (adjustments.any()) {
+        adjust(row, raw, adjustments);
+        finish(a, r, row, raw, row.adjusted, split, drawn);
+    } else {
+        finish(a, r, row, raw, raw, split, drawn);
+    }
 }
 
 template <class T>

@@ -42,15 +42,7 @@ ENGINE_INLINE Distribution processed_distribution(const Row& row, const Logits<T
         for (int64_t i = 0; i < row.vocab; ++i) infinite += logits.at(i) == kInf;
         return {top, std::log(static_cast<double>(infinite))};
     }
-    int64_t mass = 0;
-    for (int64_t b = 0; b < row.blocks(); ++b) {
-        if (row.block_z[b] < tau || row.block_z[b] - top < kWeightFloor) continue;
-        alignas(64) float z[kBlock];
-        logits.block(b, z);
-        WeightSum sum(top);
-        for (int i = 0; i < kBlock; i += kLanes) sum.add_at_least(z + i, set1(tau));
-        mass += sum.total();
-    }
+    const int64_t mass = row_masses(row, logits, top, tau, kInf).whole;
     return {top, std::log(static_cast<double>(mass) / (int64_t{1} << kWeightBits))};
 }
 
@@ -64,8 +56,7 @@ ENGINE_INLINE void most_likely(const Logits<T>& logits, const Distribution& dist
     for (int64_t taken = 0; taken < n; ++taken) {
         tokens[taken] = -1;
         log_probabilities[taken] = -kInf;
-        int64_t best_block = 0;
-        for (int64_t b = 1; b < blocks; ++b) best_block = maxima[b] > maxima[best_block] ? b : best_block;
+        const int64_t best_block = first_largest(maxima, blocks);
         if (maxima[best_block] == -kInf || maxima[best_block] < tau) continue;
         alignas(64) float z[kBlock];
         logits.block(best_block, z);

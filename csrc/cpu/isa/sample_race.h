@@ -44,17 +44,17 @@ struct Race {
         if (tau > -kInf) {
             logits.block(b, z);
             int kept = 0;
-            for (int i = 0; i < kBlock; i += kMaskLanes) kept += __builtin_popcount(at_least(z + i, tau));
+            for (int i = 0; i < kBlock; i += kLanes) kept += __builtin_popcount(at_least(z + i, tau));
             if (kept <= kTokens) {  // fewer words to make than the block has
-                float listed[kTokens];
-                int32_t tokens[kTokens] = {};
+                float listed[kTokens + kLanes];
+                int32_t tokens[kTokens + kLanes] = {};
                 int n = 0;
-                for (int i = 0; i < kBlock; i += kMaskLanes)
-                    for (uint32_t bits = at_least(z + i, tau); bits != 0; bits &= bits - 1) {
-                        const int at = i + __builtin_ctz(bits);
-                        listed[n] = z[at];
-                        tokens[n++] = static_cast<int32_t>(b * kBlock + at);
-                    }
+                for (int i = 0; i < kBlock; i += kLanes) {
+                    const uint32_t bits = at_least(z + i, tau);
+                    if (bits == 0) continue;
+                    compress_indices(static_cast<int32_t>(b * kBlock + i), bits, tokens + n);
+                    n += compress(z + i, bits, listed + n);
+                }
                 run_tokens(listed, tokens, n, top, best);
                 return;
             }
@@ -62,7 +62,7 @@ struct Race {
         alignas(64) uint32_t words[kBlock];
         block_words(noise, static_cast<uint32_t>(b * kBlock), words);
         if (!any_at_most(words, limit)) return;
-        for (int i = 0; i < kBlock; i += kMaskLanes)
+        for (int i = 0; i < kBlock; i += kLanes)
             for (uint32_t bits = at_most(words + i, limit); bits != 0; bits &= bits - 1) {
                 const int at = i + __builtin_ctz(bits);
                 const int64_t token = b * kBlock + at;
@@ -74,15 +74,20 @@ struct Race {
             }
     }
 
+    // The blocks of a chunk, while the next one is fetched.
+    ENGINE_METHOD void run_chunk(int64_t chunk, Best* best) const {
+        const int64_t end = smaller(row.blocks(), (chunk + 1) * (kChunk / kBlock));
+        for (int64_t b = chunk * (kChunk / kBlock); b < end; ++b) {
+            const char* ahead = reinterpret_cast<const char*>(logits.data + b * kBlock + kChunk);
+            for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(T)); line += 64) __builtin_prefetch(ahead + line, 0, 2);
+            run_block(b, best);
+        }
+    }
+
     // All blocks; that of the largest z first, so that nearly all others are ruled out at once.
     ENGINE_METHOD int64_t run_row(int64_t first_block, bool split) const {
         Best best = {-kInf, row.vocab};
         run_block(first_block, &best);
-        const auto run_chunk = [&](int64_t chunk, Best* mine) {
-            const int64_t end = smaller(row.blocks(), (chunk + 1) * (kChunk / kBlock));
-            for (int64_t b = chunk * (kChunk / kBlock); b < end; ++b)
-                if (b != first_block) run_block(b, mine);
-        };
         if (!split) {
             for (int64_t chunk = 0; chunk < row.chunks(); ++chunk) run_chunk(chunk, &best);
             return best.token;
@@ -102,7 +107,7 @@ struct Race {
 template <class T>
 ENGINE_INLINE int64_t race(const Row& row, const Logits<T>& logits, Kept kept, int64_t first_block, bool split) {
     const Race<T> race = {row, logits, kept.tau, row_noise(row.key)};
-    if (kept.count < 0) return race.run_row(first_block, split);
+    if (kept.count < 0 || kept.count > row.vocab / 8) return race.run_row(first_block, split);  // whole blocks are cheaper by the token
     Best best = {-kInf, row.vocab};
     float z[kTokens];
     int32_t tokens[kTokens] = {};

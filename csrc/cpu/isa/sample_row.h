@@ -41,8 +41,8 @@ struct Row {
     float* block_z;       // [blocks] largest z of each block
     float* values;        // [blocks * kBlock] for searches, which spoil them
     float* weights;       // [blocks * kBlock]
-    float* candidates;    // [blocks * kBlock] z of tokens that may be kept, and which they are
-    int32_t* tokens;      // [blocks * kBlock]
+    float* candidates;    // [blocks * kBlock + kLanes] z of tokens that may be kept, and which they are
+    int32_t* tokens;      // [blocks * kBlock + kLanes]
     uint8_t* is_touched;  // [blocks] whether the adjusted block differs from the raw one
     ChunkStats* stats;    // [chunks]
     Best* best;           // [chunks]
@@ -66,8 +66,8 @@ ENGINE_INLINE int64_t lay_out(Row* row, char* memory) {
     row->block_z = reinterpret_cast<float*>(take(row->blocks() * 4));
     row->values = reinterpret_cast<float*>(take(tokens * 4));
     row->weights = reinterpret_cast<float*>(take(tokens * 4));
-    row->candidates = reinterpret_cast<float*>(take(tokens * 4));
-    row->tokens = reinterpret_cast<int32_t*>(take(tokens * 4));
+    row->candidates = reinterpret_cast<float*>(take((tokens + kLanes) * 4));
+    row->tokens = reinterpret_cast<int32_t*>(take((tokens + kLanes) * 4));
     row->is_touched = reinterpret_cast<uint8_t*>(take(row->blocks()));
     row->stats = reinterpret_cast<ChunkStats*>(take(row->chunks() * static_cast<int64_t>(sizeof(ChunkStats))));
     row->best = reinterpret_cast<Best*>(take(row->chunks() * static_cast<int64_t>(sizeof(Best))));
@@ -233,7 +233,7 @@ ENGINE_INLINE void mask_block(const Row& row, const uint32_t* allowed, int64_t b
     }
 }
 
-// Fill row.adjusted from the raw row and bring block_z, which holds the raw maxima, to the adjusted ones.
+// Fill row.adjusted from the raw row and correct block_z where that changes it.
 template <class T>
 ENGINE_INLINE void adjust(const Row& row, const T* raw, const Adjustments& by) {
     const Logits<T> plain = {raw, row.vocab, 1.0f};
@@ -262,7 +262,7 @@ ENGINE_INLINE void adjust(const Row& row, const T* raw, const Adjustments& by) {
     for (int64_t b = 0; b < row.blocks(); ++b) {
         if (by.allowed != nullptr) mask_block(row, by.allowed, b);
         NanSeen nan;
-        if (row.is_touched[b]) row.block_z[b] = block_max(x + b * kBlock, &nan);
+        if (row.is_touched[b]) row.block_z[b] = block_max(x + b * kBlock, &nan) / row.temperature;
     }
 }
 

@@ -187,6 +187,72 @@ ENGINE_INLINE void store_bf16(uint16_t* p, VecF a) {  // round to nearest even
     for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(t[i]);
 }
 
+// ---- masks ----
+// at_least: bit i set where values[i] >= limit, for kLanes values. compress: the values whose bits are set, side by side at `out`, which
+// must have room for kLanes; returns how many they are. compress_indices: the same for first + i.
+
+#if ENGINE_ISA_LEVEL == 2
+ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(limit), _CMP_GE_OQ);
+}
+ENGINE_INLINE int compress(const float* values, uint32_t bits, float* out) {
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(values)));
+    return __builtin_popcount(bits);
+}
+ENGINE_INLINE void compress_indices(int32_t first, uint32_t bits, int32_t* out) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i indices = _mm512_add_epi32(_mm512_set1_epi32(first), lanes);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), indices));
+}
+#elif ENGINE_ISA_LEVEL == 1
+ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(values), _mm256_set1_ps(limit), _CMP_GE_OQ)));
+}
+// The positions of the set bits of `bits`, in order.
+ENGINE_INLINE __m256i set_positions(uint32_t bits) {
+    struct Table {
+        uint64_t row[256];
+        constexpr Table() : row() {
+            for (uint32_t b = 0; b < 256; ++b) {
+                int at = 0;
+                for (uint64_t i = 0; i < 8; ++i)
+                    if (b >> i & 1) row[b] |= i << 8 * at++;
+            }
+        }
+    };
+    static constexpr Table table;
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(table.row[bits])));
+}
+ENGINE_INLINE int compress(const float* values, uint32_t bits, float* out) {
+    _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), set_positions(bits)));
+    return __builtin_popcount(bits);
+}
+ENGINE_INLINE void compress_indices(int32_t first, uint32_t bits, int32_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(_mm256_set1_epi32(first), set_positions(bits)));
+}
+#else
+ENGINE_INLINE uint32_t at_least(const float* values, float limit) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(values[i] >= limit) << i;
+    return bits;
+}
+ENGINE_INLINE int compress(const float* values, uint32_t bits, float* out) {
+    int count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        out[count] = values[i];  // `out` may be `values` or before it
+        count += static_cast<int>(bits >> i & 1);
+    }
+    return count;
+}
+ENGINE_INLINE void compress_indices(int32_t first, uint32_t bits, int32_t* out) {
+    int count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        out[count] = first + i;
+        count += static_cast<int>(bits >> i & 1);
+    }
+}
+#endif
+
 // Overloads by element type, for kernels templated on it: bf16 and fp16 are wrapped so that they differ.
 struct BF16 {
     uint16_t bits;
