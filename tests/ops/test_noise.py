@@ -143,6 +143,45 @@ def compare_cpp() -> None:
     expected_e = noise.exponential(words, tails)
     assert torch.equal(e.view(torch.int32), expected_e.view(torch.int32))
     assert torch.equal(log_e.view(torch.int32), fixed_math.log(expected_e).view(torch.int32))
+    d = hostile_differences()
+    for count in (1, 7, 127, 128, 129, len(d)):
+        assert torch.equal(cpp_weights(d[:count].contiguous()), fixed_math.weight(d[:count]))
+
+
+def hostile_differences() -> Tensor:
+    """d <= 0 at and around every boundary of the weight, and many random ones; float32."""
+    generator = torch.Generator().manual_seed(2)
+    edges = torch.tensor([0.0, -0.0, -1e-45, -1e-30, -28.0, -1e30, -3e38, -math.inf])
+    bits = torch.tensor([0.5, 1.5, 20.5, 40.0]) * math.log(2)  # where n changes
+    near = -(bits.view(torch.int32)[:, None] + torch.arange(-500, 500)).view(torch.float32).flatten()
+    floor = -(torch.tensor([28.0]).view(torch.int32) + torch.arange(-500, 500, dtype=torch.int32)).view(torch.float32)
+    spread = torch.rand(200_000, generator=generator)
+    return torch.cat([edges, near, floor, -28.5 * spread, -(spread**8)])
+
+
+def test_weight_is_accurate_everywhere() -> None:
+    d = hostile_differences()
+    weight = fixed_math.weight(d)
+    exact = d.double().exp() * 2.0**fixed_math.WEIGHT_BITS
+    assert bool(((weight.double() - exact).abs() <= 1 + 1e-7 * exact).all())
+    assert int(weight[0]) == 2**40 == int(weight.max()) and int(weight.min()) == 0
+    assert not weight[d < fixed_math.WEIGHT_FLOOR].any()
+
+
+def test_needed_mass_is_that_of_python_integers() -> None:
+    masses = [1, 2, 3, 2**31 - 1, 2**31, 2**40, 2**40 + 1, 12345678901234567, 2**62 - 1]
+    shares = [0.0, 2.0**-40, 0.1, 0.5, 0.9, 1 - 2.0**-24]
+    for mass in masses:
+        for share in torch.tensor(shares):
+            numerator = int(float(share) * 2**31)
+            expected = max(1, -(-numerator * mass // 2**31))
+            assert int(fixed_math.mass_needed(torch.tensor([mass]), share[None])) == expected
+
+
+def cpp_weights(d: Tensor) -> Tensor:
+    weights = torch.empty(len(d), dtype=torch.int64)
+    cpu._cpu.weights_of_values(d.data_ptr(), len(d), weights.data_ptr())
+    return weights
 
 
 @needs_cpp
