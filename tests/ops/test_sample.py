@@ -41,10 +41,10 @@ def arguments(
     rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, first_position: int = 0
 ) -> dict[str, Tensor]:
     return {
-        "temperature": torch.full((rows,), temperature),
+        "temperature": torch.full((rows,), float(temperature)),
         "top_k": torch.full((rows,), top_k, dtype=torch.int32),
-        "top_p": torch.full((rows,), top_p),
-        "min_p": torch.full((rows,), min_p),
+        "top_p": torch.full((rows,), float(top_p)),
+        "min_p": torch.full((rows,), float(min_p)),
         "seed": torch.full((rows,), 1234),
         "position": torch.arange(first_position, first_position + rows, dtype=torch.int32),
         "stream": torch.zeros(rows, dtype=torch.int32),
