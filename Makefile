@@ -9,7 +9,7 @@ INSTALL := ENGINE_BUILD=none $(PIP) -c constraints.txt --no-build-isolation -e
 
 .PHONY: demo test lint bench wheel native clean
 
-demo: native
+demo: native .venv/.grammar
 	$(BIN)/python -m engine demo
 
 test: native lint
@@ -44,7 +44,7 @@ native: .venv/.runtime
 	$(INSTALL) .
 	@touch $@
 
-.venv/.test .venv/.bench: .venv/.%: .venv/.runtime
+.venv/.test .venv/.bench .venv/.grammar: .venv/.%: .venv/.runtime
 	$(INSTALL) '.[$*]'
 	@touch $@
 

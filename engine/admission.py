@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .decode.controls import Controls
+from .decode.grammar import Grammars, Matcher
 from .decode.stop import TextState
 from .models.config import ModelConfig
 from .params import SamplingParams, child_seed
@@ -25,6 +27,7 @@ def build_requests(
     config: ModelConfig,
     tokenizer: Tokenizer | None,
     scheduler: Scheduler,
+    grammars: Grammars,
 ) -> list[Request]:
     """One request per prompt and returned sequence, in order. Raises ``ValueError`` or ``TypeError`` naming what cannot be."""
     if params is not None and options:
@@ -44,7 +47,7 @@ def build_requests(
         seed = int(torch.randint(2**63 - 1, ()).item()) if p.seed is None else p.seed
         if p.seed is not None and one_for_all:
             seed = child_seed(seed, i)  # a seed that prompts share must not give them the same noise
-        requests += _requests_of_prompt(i, tokens, p, seed, config, tokenizer, scheduler)
+        requests += _requests_of_prompt(i, tokens, p, seed, config, tokenizer, scheduler, grammars)
     return requests
 
 
@@ -56,6 +59,7 @@ def _requests_of_prompt(
     config: ModelConfig,
     tokenizer: Tokenizer | None,
     scheduler: Scheduler,
+    grammars: Grammars,
 ) -> list[Request]:
     room = config.max_position - len(tokens)
     if room < 1:
@@ -68,6 +72,8 @@ def _requests_of_prompt(
             f"max_new_tokens is {max_new_tokens}; after the {len(tokens)} tokens of prompt {prompt_index} the model's length of "
             f"{config.max_position} allows {room}"
         )
+    if params.min_new_tokens > max_new_tokens:
+        raise ValueError(f"min_new_tokens is {params.min_new_tokens}; it must be at most max_new_tokens, which is {max_new_tokens} here")
     if reason := scheduler.admissible(len(tokens), max_new_tokens):
         raise ValueError(f"prompt {prompt_index}: {reason}")
     stop, eos = params.stop, params.eos_token_id
@@ -75,13 +81,25 @@ def _requests_of_prompt(
     assert isinstance(stop, tuple) and (eos is None or isinstance(eos, tuple))
     if stop and tokenizer is None:
         raise ValueError(f"stop is {stop!r}, but this decoder has no tokenizer; use stop_token_ids, or Decoder(model, tokenizer=...)")
-    for name, ids in (("stop_token_ids", params.stop_token_ids), ("eos_token_id", eos or ())):
+    bad_words = _bad_words(params, tokenizer)
+    for name, ids in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("eos_token_id", eos or ()),
+        ("logit_bias", params.logit_bias),
+        ("allowed_token_ids", params.allowed_token_ids or ()),
+        ("suppress_tokens", params.suppress_tokens),
+        ("bad_words", [token for word in bad_words for token in word]),
+    ):
         for token in ids:
             if token >= config.vocab_size:
                 raise ValueError(f"{name} holds {token}; the model's vocabulary has ids 0 to {config.vocab_size - 1}")
+    if params.logprobs > config.vocab_size:
+        raise ValueError(f"logprobs is {params.logprobs}; the model's vocabulary has only {config.vocab_size} tokens")
     ends = set(params.stop_token_ids)
     if not params.ignore_eos:
         ends.update(config.eos_token_ids if eos is None else eos)
+    controls = Controls(params, bad_words, ends, len(tokens), config.vocab_size)
+    matcher = _matcher(params, grammars, ends, controls)
     return [
         Request(
             prompt=tokens,
@@ -92,7 +110,41 @@ def _requests_of_prompt(
             end_token_ids=frozenset(ends),
             prompt_index=prompt_index,
             index=index,
-            text_state=None if tokenizer is None else TextState(tokenizer.decode, stop),
+            text_state=None if tokenizer is None else TextState(tokenizer.decode, stop, params.min_new_tokens),
+            controls=controls,
+            matcher=None if matcher is None else matcher.copy(),
         )
         for index in range(params.num_return_sequences)
     ]
+
+
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
+    """The ids of each bad word; of a string those it has as written and those it has after a space."""
+    words: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if not isinstance(word, str):
+            words.append(word)
+            continue
+        if tokenizer is None:
+            raise ValueError(
+                f"bad_words holds {word!r}, but this decoder has no tokenizer; use token ids, or Decoder(model, tokenizer=...)"
+            )
+        for text in (word, " " + word):
+            ids = tokenizer.encode_piece(text)
+            if not ids:
+                raise ValueError(f"bad_words holds {word!r}, which this decoder's tokenizer turns into no tokens")
+            words.append(tuple(ids))
+    return words
+
+
+def _matcher(params: SamplingParams, grammars: Grammars, ends: set[int], controls: Controls) -> Matcher | None:
+    """The matcher of the request's grammar at its beginning, where at least one token must be possible."""
+    if params.structure is None:
+        return None
+    name, text = params.structure
+    matcher = grammars.matcher(name, text, ends)
+    if not bool(matcher.mask.any()):
+        raise ValueError(f"{name} is {text!r:.60}, which no text can satisfy")
+    if controls.allowed is not None and not bool((matcher.mask & controls.allowed).any()):
+        raise ValueError(f"{name} is {text!r:.60}, and no text of the allowed_token_ids can satisfy it")
+    return matcher

@@ -1,29 +1,45 @@
-"""The command line: ``python -m engine generate | demo | info``."""
+"""The command line: ``python -m engine generate | demo | info | verify``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, verify
 from . import kernels as kernels_module
 from .decoder import Decoder
 from .kernels import cpu, limits
 from .kv_cache import block_bytes
 from .outputs import RequestOutput
+from .params import SamplingParams
 
 DEMO_PROMPTS = (
     "def read_csv(path):",
     "def is_prime(n):\n    if n <",
     "    try:\n        with open(filename) as f:",
 )
+DEMO_JSON_PROMPT = "# what this module exports, as JSON\nexport = "
+DEMO_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{3,8}(_[a-z]{2,6})?$"},
+        "kind": {"enum": ["function", "class", "constant"]},
+        "arguments": {"type": "integer", "minimum": 0, "maximum": 9},
+        "public": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "arguments", "public"],
+    "additionalProperties": False,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,27 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="complete prompts, streaming the text")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     _model_arguments(generate)
-    generate.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 256, or as many as the model's length allows")
-    generate.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="P")
-    generate.add_argument("--seed", type=int, metavar="S", help="repeat a draw; the seed used is printed")
-    generate.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
-    generate.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
-    demo = commands.add_parser("demo", help="watch the bundled model write, greedy and sampled")
+    _sampling_arguments(generate)
+    demo = commands.add_parser("demo", help="watch the bundled model write: greedy, sampled, and JSON of a schema")
     demo.add_argument("--max-new-tokens", type=int, default=60, metavar="N")
     info = commands.add_parser("info", help="backends and why any is absent, instruction sets, measured limits")
     info.add_argument("--no-measure", action="store_true", help="do not measure the machine's limits")
+    verify.add_arguments(commands.add_parser("verify", help="check that every backend draws each token by the law, and print p-values"))
     arguments = parser.parse_args(argv)
     try:
-        return {"generate": _generate, "demo": _demo, "info": _info}[arguments.command](arguments)
+        return {"generate": _generate, "demo": _demo, "info": _info, "verify": verify.command}[arguments.command](arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -64,6 +74,57 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernels", default="auto", choices=("auto", *kernels_module.BACKENDS), help="which backend computes")
 
 
+def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those options of ``SamplingParams`` that make sense in a shell, each under its own name where the help names no other."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 256, or as many as the model's length allows")
+    parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before so many tokens")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw only from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw only from the most likely tokens of together this probability")
+    parser.add_argument("--min-p", type=float, metavar="P", help="draw only from tokens this many times as likely as the likeliest")
+    parser.add_argument("--repetition-penalty", type=float, metavar="P", help="above 1: tokens of prompt and output less likely")
+    parser.add_argument("--presence-penalty", type=float, metavar="P", help="-2 to 2, against tokens of the output")
+    parser.add_argument("--frequency-penalty", type=float, metavar="P", help="-2 to 2, likewise for each occurrence")
+    parser.add_argument(
+        "--logit-bias",
+        type=_bias,
+        action="append",
+        default=[],
+        metavar="ID=BIAS",
+        help="add to a token's logit (-inf: never drawn); repeatable",
+    )
+    parser.add_argument(
+        "--suppress", dest="suppress_tokens", type=int, action="append", metavar="ID", help="never draw this token; repeatable"
+    )
+    parser.add_argument("--bad-word", dest="bad_words", action="append", metavar="TEXT", help="never write this; repeatable")
+    parser.add_argument("--seed", type=int, metavar="S", help="repeat a draw; the seed used is printed")
+    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
+    parser.add_argument("--logprobs", type=int, metavar="N", help="print each token's log-probability, and the N most likely tokens")
+    parser.add_argument("--json-schema", metavar="FILE-or-TEXT", help="write JSON of this schema")
+    parser.add_argument("--regex", metavar="TEXT", help="write text that matches")
+    parser.add_argument("--grammar", metavar="FILE-or-TEXT", help="write text of this Lark grammar")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """``ID=BIAS``."""
+    try:
+        token, _, bias = text.partition("=")
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS, as in 198=-2.5") from None
+
+
+def _file_or_text(value: str) -> str:
+    """What the file of this name holds if there is one, else the value itself."""
+    try:
+        is_file = Path(value).is_file()
+    except (OSError, ValueError):  # text that can be no name
+        is_file = False
+    return Path(value).read_text(encoding="utf-8") if is_file else value
+
+
 def _decoder(arguments: argparse.Namespace) -> Decoder:
     options: dict[str, Any] = {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels}
     if arguments.dtype:
@@ -73,22 +134,57 @@ def _decoder(arguments: argparse.Namespace) -> Decoder:
 
 def _generate(arguments: argparse.Namespace) -> int:
     decoder = _decoder(arguments)
-    options = {
-        name: getattr(arguments, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "repetition_penalty", "seed", "num_return_sequences", "stop", "ignore_eos")
-    }
+    options = {f.name: getattr(arguments, f.name) for f in fields(SamplingParams) if getattr(arguments, f.name, None) is not None}
+    options["logit_bias"] = dict(arguments.logit_bias)
+    for name in ("json_schema", "grammar"):
+        if name in options:
+            options[name] = _file_or_text(options[name])
     outputs = _write(decoder, arguments.prompts, options)
+    if arguments.logprobs is not None:
+        for output in outputs:
+            _print_logprobs(decoder, output)
     return 1 if any(output.finish_reason == "error" for output in outputs) else 0
+
+
+def _print_logprobs(decoder: Decoder, output: RequestOutput) -> None:
+    """One line per token: position, id and text, log-probability under the model and as drawn, and the most likely under the model."""
+
+    def name(token: int) -> str:
+        return f"{token} {decoder.tokenizer.decode([token])!r}" if decoder.tokenizer else str(token)
+
+    print(f"--- logprobs of prompt {output.prompt_index}, sequence {output.index}: position, token, raw, processed; most likely, raw ---")
+    tops = output.top_logprobs or [{}] * len(output.token_ids)
+    for i, (token, raw, processed, top) in enumerate(
+        zip(output.token_ids, output.logprobs, output.processed_logprobs, tops, strict=True), len(output.prompt_token_ids)
+    ):
+        likely = ", ".join(f"{name(t)} {logprob:.3f}" for t, logprob in top.items())
+        print(f"{i:>5}  {name(token):<20} {raw:8.3f} {processed:8.3f}{'  | ' if likely else ''}{likely}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     decoder = Decoder.bundled()
-    sampled: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": 7}
-    for title, options in (("greedy", {}), ("sampled: temperature 0.8, top-k 40, seed 7", sampled)):
-        for prompt in DEMO_PROMPTS:
-            print(f"--- {title} ---")
-            _write(decoder, [prompt], {"max_new_tokens": arguments.max_new_tokens, **options})
-    return 0
+    length: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    print("--- greedy ---")
+    _write(decoder, [DEMO_PROMPTS[0]], length)
+
+    sampled: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
+    title = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in sampled.items())
+    print(f"--- sampled: {title}, seed 7 ---")
+    first = _write(decoder, [DEMO_PROMPTS[1]], {**length, **sampled, "seed": 7})[0]
+    print("--- the same once more, now in a batch with two other prompts ---")
+    params = [SamplingParams(**length, **sampled, seed=seed) for seed in (6, 7, 8)]
+    second = decoder.generate(DEMO_PROMPTS, params=params)[1]
+    print(f"{DEMO_PROMPTS[1]}{second.text}\n")
+    same = (first.token_ids, first.logprobs) == (second.token_ids, second.logprobs)
+    print(f"The two samples are {'identical' if same else 'DIFFERENT'}, tokens and log-probabilities.\n")
+
+    print("--- JSON of a schema, seed 3 ---")
+    try:
+        output = _write(decoder, [DEMO_JSON_PROMPT], {"json_schema": DEMO_SCHEMA, "temperature": 0.8, "seed": 3, "max_new_tokens": 120})[0]
+        print(f"json.loads gives {json.loads(output.text or '')}")
+    except ImportError as error:
+        print(f"Left out: {error}")
+    return 0 if same else 1
 
 
 def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> list[RequestOutput]:

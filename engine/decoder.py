@@ -14,13 +14,14 @@ from tqdm import tqdm
 from . import kernels as kernels_module
 from .admission import DEFAULT_NEW_TOKENS, build_requests
 from .blocks import BlockPool
-from .decode.sample import failure, sample_rows
+from .decode.grammar import GrammarError, Grammars
+from .decode.sample import sample_rows
 from .kv_cache import KVCache, block_bytes, size_cache
 from .models.load import load
 from .outputs import FinishReason, RequestOutput, StreamEvent
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
-from .request import Request
+from .request import Drawn, Request
 from .runner import Runner
 from .scheduler import Scheduler, StepPlan
 from .tokenizer import Tokenizer
@@ -82,6 +83,7 @@ class Decoder:
         self.name = loaded.name
         source = tokenizer if tokenizer is not None else loaded.tokenizer_path
         self.tokenizer = None if source is None else Tokenizer(source)
+        self.grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
         if kv_dtype is None:
             kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
         bytes_per_block = block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, block_size, kv_dtype)
@@ -125,7 +127,8 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: bad input, named in one sentence, before any work is done. A request that fails later (NaN in its
-            logits) does not raise: its output has ``finish_reason`` "error".
+                logits, no token left to draw, a processor that raises) does not raise: its output has ``finish_reason`` "error".
+            ImportError: a grammar is asked for and llguidance is not installed.
         """
         requests = self._requests("generate()", prompts, attention_mask, params, options)
         finished = tqdm(total=len(requests), desc="decoding", unit="request", disable=None, delay=2, leave=False)
@@ -201,7 +204,7 @@ class Decoder:
         options: dict[str, Any],
     ) -> list[Request]:
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
-        return build_requests(caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler)
+        return build_requests(caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars)
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
@@ -255,33 +258,46 @@ class Decoder:
         if logits is None:
             return
         rows = plan.rows
-        result = sample_rows(self.ops, logits, rows)
-        drawn = zip(rows, result.tokens.tolist(), result.logprobs.tolist(), result.status.tolist(), strict=True)
-        for request, token, logprob, status in drawn:
-            if status:
-                self._finish(request, "error", error=failure(status, len(request.tokens)))
+        for request, drawn in zip(rows, sample_rows(self.ops, logits, rows), strict=True):
+            if drawn.error is not None:
+                self._finish(request, "error", error=drawn.error)
             else:
-                self._advance(request, token, logprob)
+                self._advance(request, drawn)
 
-    def _advance(self, request: Request, token: int, logprob: float) -> None:
+    def _advance(self, request: Request, drawn: Drawn) -> None:
         """Append a drawn token, settle its text, and end the request where it ends."""
-        request.append(token, logprob)
-        text, matched = "", None
-        ended = token in request.end_token_ids
-        if request.text_state is not None and not ended:
+        request.append(drawn)
+        token = drawn.token
+        if token in request.end_token_ids:
+            self._finish(request, "stop", stop_reason=token, drawn=drawn)
+            return
+        text, matched, complete = "", None, False
+        if request.text_state is not None:
             try:
                 text, matched = request.text_state.feed(token)
             except Exception as error:  # a tokenizer may raise anything; it is this request's alone
-                self._finish(request, "error", error=f"the tokenizer cannot decode token {token}: {error}", token=token)
+                self._finish(request, "error", error=f"the tokenizer cannot decode token {token}: {error}", drawn=drawn)
                 return
-        if ended:
-            self._finish(request, "stop", stop_reason=token, token=token)
-        elif matched is not None:
-            self._finish(request, "stop", stop_reason=matched, token=token, text=text)
+        if request.matcher is not None:
+            try:
+                request.matcher.advance(request.tokens, len(request.prompt))
+            except GrammarError as error:
+                self._finish(request, "error", error=f"the grammar cannot go on after token {token}: {error}", drawn=drawn, text=text)
+                return
+            complete = request.matcher.complete and request.num_new_tokens >= request.params.min_new_tokens
+        if matched is not None or complete:
+            self._finish(request, "stop", stop_reason=matched, drawn=drawn, text=text)
         elif request.num_new_tokens == request.max_new_tokens:
-            self._finish(request, "length", token=token, text=text)
+            self._finish(request, "length", drawn=drawn, text=text)
         else:
-            request.events.append(StreamEvent(request.prompt_index, request.index, [token], text))
+            request.events.append(self._event(request, drawn, text))
+
+    def _event(self, request: Request, drawn: Drawn | None, text: str, output: RequestOutput | None = None) -> StreamEvent:
+        """Progress by one drawn token, or by none."""
+        tokens = [] if drawn is None else [drawn.token]
+        logprobs = [] if drawn is None else [drawn.logprob]
+        top = None if request.params.logprobs == 0 else [] if drawn is None else [drawn.top or {}]
+        return StreamEvent(request.prompt_index, request.index, tokens, text, output, logprobs, top)
 
     def _finish(
         self,
@@ -290,7 +306,7 @@ class Decoder:
         *,
         stop_reason: int | str | None = None,
         error: str | None = None,
-        token: int | None = None,
+        drawn: Drawn | None = None,
         text: str = "",
     ) -> None:
         whole = None
@@ -298,10 +314,9 @@ class Decoder:
             if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
                 rest, matched = request.text_state.flush()
                 text += rest
-                if matched is not None and reason == "length":
+                if matched is not None and stop_reason is None and reason != "abort":
                     reason, stop_reason = "stop", matched
             whole = request.text_state.text
         output = request.finish(reason, text=whole, stop_reason=stop_reason, error=error)
-        tokens = [] if token is None else [token]
-        request.events.append(StreamEvent(request.prompt_index, request.index, tokens, text, output))
+        request.events.append(self._event(request, drawn, text, output))
         self.scheduler.remove(request)

@@ -23,8 +23,13 @@ class RequestMetrics:
 class RequestOutput:
     """One finished continuation.
 
-    ``finish_reason``: "stop" (an end-of-sequence token, stop token or stop string: ``stop_reason`` says which), "length", "error"
-    (``error`` says why) or "abort". Decoding the same prompt with ``SamplingParams(seed=seed, stream=stream, ...)`` reproduces it alone.
+    ``finish_reason``: "stop" (an end-of-sequence token, stop token or stop string: ``stop_reason`` says which; None: the end of the
+    request's grammar), "length", "error" (``error`` says why) or "abort". Decoding the same prompt with ``SamplingParams(seed=seed,
+    stream=stream, ...)`` reproduces it alone.
+
+    Log-probabilities are natural logarithms, one entry per new token: the plain ones under the model's own distribution, the processed ones
+    under the one the token was drawn from, after penalties, bias, masks, temperature and filters (a greedy request has neither temperature
+    nor filters).
     """
 
     prompt_index: int  # which prompt of the call
@@ -35,8 +40,13 @@ class RequestOutput:
     finish_reason: FinishReason
     stop_reason: int | str | None
     error: str | None
-    logprobs: list[float]  # of each new token, under the model's own distribution (before penalty, temperature and filters)
-    cumulative_logprob: float
+    logprobs: list[float]
+    processed_logprobs: list[float]
+    # The most likely tokens at each position with their log-probabilities, best first, as many as the request's ``logprobs`` asks for and
+    # are possible; None where it asks for none.
+    top_logprobs: list[dict[int, float]] | None
+    processed_top_logprobs: list[dict[int, float]] | None
+    cumulative_logprob: float  # the sum of ``logprobs``
     seed: int
     stream: int
     metrics: RequestMetrics
@@ -51,3 +61,5 @@ class StreamEvent:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""  # settled text only: never half a character, never the beginning of a stop string
     output: RequestOutput | None = None
+    logprobs: list[float] = field(default_factory=list)  # of its tokens, as in RequestOutput
+    top_logprobs: list[dict[int, float]] | None = None  # likewise

@@ -26,7 +26,8 @@ class Runner:
         hidden = self.model.forward(batch, self.cache)
         if batch.logit_rows.numel() == 0:
             return None
-        if batch.logit_rows.numel() != hidden.shape[0]:
+        # Followers want one row several times, so their number does not tell whether all rows are wanted once.
+        if batch.logit_rows.tolist() != list(range(hidden.shape[0])):
             hidden = hidden.index_select(0, batch.logit_rows)
         return self.model.logits(hidden)
 

@@ -45,6 +45,16 @@ class Tokenizer:
             raise ValueError("prompts holds text with a lone surrogate, which is not Unicode text; decode bytes as UTF-8 first")
         return self._tokenizer.encode(text).ids
 
+    def encode_piece(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens around it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def to_json(self) -> str:
+        """All of it, as in a ``tokenizer.json``."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,9 +1,13 @@
 """The engine's kernels, usable on their own: ``from engine import kernels; kernels.sample(...)``."""
 
 from .api import (
+    STATUS_BAD_PARAMETER,
     STATUS_NAN,
     STATUS_NOTHING_ALLOWED,
     STATUS_OK,
+    EndTokens,
+    LogitBias,
+    Penalties,
     SampleResult,
     embed,
     linear,
@@ -18,10 +22,14 @@ from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 __all__ = [
     "BACKENDS",
     "OP_NAMES",
+    "STATUS_BAD_PARAMETER",
     "STATUS_NAN",
     "STATUS_NOTHING_ALLOWED",
     "STATUS_OK",
+    "EndTokens",
+    "LogitBias",
     "Ops",
+    "Penalties",
     "SampleResult",
     "backends",
     "cuda_reason",

@@ -1,7 +1,7 @@
-"""Argument checks of ``sample``, shared by the backends: one clear ``ValueError`` or ``TypeError`` that names the argument.
+"""Argument checks of ``sample`` and ``beam_select``, shared by the backends: one clear error that names the argument.
 
-``sample`` here looks at types, shapes, strides and devices, which costs no look into a tensor. ``values`` reads what is in the tensors; on
-a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER instead.
+``sample`` and ``beam_select`` here look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
+``beam_values`` read what is in the tensors; on a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER.
 """
 
 from __future__ import annotations
@@ -45,22 +45,7 @@ def _length(t: Any) -> tuple[int, ...]:
     return tuple(t.shape) if isinstance(t, Tensor) and t.dim() == 1 else (0,)
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    stream: Tensor,
-    penalties: Penalties | None,
-    bias: LogitBias | None,
-    end_tokens: EndTokens | None,
-    allowed: Tensor | None,
-    logprobs: int | None,
-) -> None:
-    """Check everything that can be seen from outside the tensors."""
+def _logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if logits.dtype not in LOGITS_DTYPES:
@@ -69,20 +54,17 @@ def sample(
         raise ValueError(
             f"logits must be [R, V] with V >= 1 and unit stride in V, got shape {tuple(logits.shape)} with strides {logits.stride()}"
         )
-    rows, vocab = logits.shape
-    if vocab > MAX_VOCAB:
-        raise ValueError(f"logits must have V <= 2^22 columns, got {vocab}")
-    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    if logits.shape[1] > MAX_VOCAB:
+        raise ValueError(f"logits must have V <= 2^22 columns, got {logits.shape[1]}")
+
+
+def _lists(
+    rows: int, vocab: int, penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None, allowed: Tensor | None
+) -> list[_Expected]:
+    """What the lists of tokens and the mask must be."""
+    f32, i32 = torch.float32, torch.int32
     each = (rows,)
-    expected = [
-        _Expected("temperature", temperature, f32, each, "[R]"),
-        _Expected("top_k", top_k, i32, each, "[R]"),
-        _Expected("top_p", top_p, f32, each, "[R]"),
-        _Expected("min_p", min_p, f32, each, "[R]"),
-        _Expected("seed", seed, i64, each, "[R]"),
-        _Expected("position", position, i32, each, "[R]"),
-        _Expected("stream", stream, i32, each, "[R]"),
-    ]
+    expected = []
     for name, group, kind in (("penalties", penalties, Penalties), ("bias", bias, LogitBias), ("end_tokens", end_tokens, EndTokens)):
         if group is not None and not isinstance(group, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(group).__name__}")
@@ -111,16 +93,89 @@ def sample(
         ]
     if allowed is not None:
         expected.append(_Expected("allowed", allowed, i32, (rows, (vocab + 31) // 32), "[R, ceil(V / 32)]"))
-    device = logits.device
+    return expected
+
+
+def _expect(expected: list[_Expected], device: torch.device) -> None:
     for e in expected:
         t = e.tensor
         if not (isinstance(t, Tensor) and t.dtype is e.dtype and t.shape == e.shape and t.device == device and t.is_contiguous()):
             _raise(e, device)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
+    logprobs: int | None,
+) -> None:
+    """Check everything that can be seen from outside the tensors."""
+    _logits(logits)
+    rows, vocab = logits.shape
+    each = (rows,)
+    expected = [
+        _Expected("temperature", temperature, torch.float32, each, "[R]"),
+        _Expected("top_k", top_k, torch.int32, each, "[R]"),
+        _Expected("top_p", top_p, torch.float32, each, "[R]"),
+        _Expected("min_p", min_p, torch.float32, each, "[R]"),
+        _Expected("seed", seed, torch.int64, each, "[R]"),
+        _Expected("position", position, torch.int32, each, "[R]"),
+        _Expected("stream", stream, torch.int32, each, "[R]"),
+    ]
+    _expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
     if logprobs is not None:
         if isinstance(logprobs, bool) or not isinstance(logprobs, int):
             raise TypeError(f"logprobs must be None or an integer, got {logprobs!r}")
         if not 0 <= logprobs <= vocab:
             raise ValueError(f"logprobs must be None or from 0 to V = {vocab}, got {logprobs}")
+
+
+def beam_select(
+    logits: Tensor,
+    scores: Tensor,
+    group_start: Tensor,
+    num_candidates: int,
+    temperature: Tensor,
+    top_k: Tensor,
+    position: Tensor,
+    seed: Tensor | None,
+    stream: Tensor | None,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
+) -> None:
+    """Check everything that can be seen from outside the tensors."""
+    _logits(logits)
+    rows, vocab = logits.shape
+    each = (rows,)
+    expected = [
+        _Expected("scores", scores, torch.float32, each, "[R]"),
+        _Expected("group_start", group_start, torch.int32, _length(group_start), "[G + 1]"),
+        _Expected("temperature", temperature, torch.float32, each, "[R]"),
+        _Expected("top_k", top_k, torch.int32, each, "[R]"),
+        _Expected("position", position, torch.int32, each, "[R]"),
+    ]
+    if (seed is None) is not (stream is None):
+        raise ValueError(f"seed and stream must be given together, got None for {'seed' if seed is None else 'stream'}")
+    if seed is not None:
+        expected += [_Expected("seed", seed, torch.int64, each, "[R]"), _Expected("stream", stream, torch.int32, each, "[R]")]
+    _expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
+    if not len(group_start):
+        raise ValueError("group_start must have shape [G + 1] with G >= 0, got (0,)")
+    if isinstance(num_candidates, bool) or not isinstance(num_candidates, int):
+        raise TypeError(f"num_candidates must be an integer, got {num_candidates!r}")
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
 
 
 def values(
@@ -132,10 +187,32 @@ def values(
     bias: LogitBias | None,
     end_tokens: EndTokens | None,
 ) -> None:
-    """Check what the tensors hold (they passed ``sample``)."""
+    """Check what the tensors of ``sample`` hold."""
     _all("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and >= 0")
     _all("top_p", top_p, (top_p >= 0) & (top_p <= 1), "in [0, 1]")
     _all("min_p", min_p, (min_p >= 0) & (min_p <= 1), "in [0, 1]")
+    _list_values(vocab, penalties, bias, end_tokens)
+
+
+def beam_values(
+    vocab: int,
+    scores: Tensor,
+    group_start: Tensor,
+    temperature: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+) -> None:
+    """Check what the tensors of ``beam_select`` hold."""
+    _all("scores", scores, (scores.abs() <= LARGEST) | (scores == -torch.inf), "within -1e30 and 1e30, or -inf")
+    _all("temperature", temperature, (temperature > 0) & temperature.isfinite(), "finite and > 0")
+    starts, rows = group_start.tolist(), len(scores)
+    if starts[0] != 0 or starts[-1] != rows or any(a > b for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"group_start must rise from 0 to {rows}, the number of rows, got {starts}")
+    _list_values(vocab, penalties, bias, end_tokens)
+
+
+def _list_values(vocab: int, penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None) -> None:
     if penalties is not None:
         repetition = penalties.repetition
         _all("penalties.repetition", repetition, (repetition > 0) & repetition.isfinite(), "finite and > 0")

@@ -43,19 +43,22 @@ def sample(
     results = []
     for part in torch.arange(len(logits), device=logits.device).split(max(1, _MAX_ELEMENTS // vocab)):
         raw = logits[part].float()
-        x = _adjust(raw, part.tolist(), position, penalties, bias, end_tokens)
-        if allowed is not None:
-            bit = torch.arange(vocab, device=logits.device)
-            x = torch.where((allowed[part][:, bit >> 5] >> (bit & 31).int() & 1).bool(), x, -math.inf)
+        x = adjust(raw, part.tolist(), position, penalties, bias, end_tokens, allowed)
         per_row = (t[part] for t in (temperature, top_k, top_p, min_p, seed, position, stream))
         results.append(_sample(raw, x, *per_row, logprobs))
     return SampleResult(*(None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True)))
 
 
-def _adjust(
-    raw: Tensor, rows: list[int], position: Tensor, penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None
+def adjust(
+    raw: Tensor,
+    rows: list[int],
+    position: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
 ) -> Tensor:
-    """Steps 1 and 2 of the contract, but for the mask: ``raw`` (the given rows of the call) with the adjustments of single tokens."""
+    """Steps 1 and 2 of the contract: ``raw`` (the given rows of the call) after penalties, bias, end tokens and mask."""
     x = raw.clone()
     for i, r in enumerate(rows):
         if penalties is not None:
@@ -69,6 +72,9 @@ def _adjust(
             x[i, ids] = torch.where(addend == -math.inf, -math.inf, x[i, ids] + addend)
         if end_tokens is not None and bool(position[r] < end_tokens.min_position[r]):
             x[i, _entries(end_tokens.token, end_tokens.start, r)[0]] = -math.inf
+    if allowed is not None:
+        bit = torch.arange(raw.shape[1], device=raw.device)
+        x = torch.where((allowed[rows][:, bit >> 5] >> (bit & 31).int() & 1).bool(), x, -math.inf)
     return x
 
 

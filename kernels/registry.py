@@ -14,8 +14,10 @@ import torch
 
 logger = logging.getLogger("engine.kernels")
 
-# Fastest first. A backend is a module of this package whose `unavailable(device_type)` returns None or the reason it cannot serve.
-BACKENDS = ("cpu", "reference")
+# Fastest first. A backend is a module of this package whose `unavailable(device_type)` returns None or the reason it cannot serve. It
+# serves the ops it has functions for; the last has all.
+BACKENDS = ("cpu", "triton", "reference")
+_ONLY_BY_NAME = {("triton", "cpu")}  # in Triton's interpreter: exact, and a thousand times too slow
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,32 @@ def cuda_reason() -> str | None:
 def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
     """Choose a backend for every op.
 
-    ``backend="auto"`` is the backend ``ENGINE_KERNELS`` names, or else the first that can serve, with one line logged where a faster one
-    is absent. What was asked for by name and cannot be had (also the instruction set of ``ENGINE_CPU_ISA``) raises ``RuntimeError``.
+    ``backend="auto"`` is the backend ``ENGINE_KERNELS`` names, or else for each op the first that has it and can serve (on a CPU never
+    Triton's interpreter), with one line logged where that leaves ops to the oracle. A backend asked for by name serves the ops it has,
+    and the automatic choice the others: ``chosen`` says which. What was asked for by name and cannot run at all (also the instruction
+    set of ``ENGINE_CPU_ISA``) raises ``RuntimeError``.
     """
     if backend == "auto":
         backend = os.environ.get("ENGINE_KERNELS") or "auto"
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends are auto, {', '.join(BACKENDS)}")
     reasons = backends(device_type)
+    order = [name for name in BACKENDS if reasons[name] is None and (name, device_type) not in _ONLY_BY_NAME]
     if backend != "auto":
         if reasons[backend] is not None:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run on {device_type}: {reasons[backend]}")
-        name = backend
-    else:
-        if device_type == "cpu" and os.environ.get("ENGINE_CPU_ISA") and reasons["cpu"] is not None:
-            raise RuntimeError(f"ENGINE_CPU_ISA asks for the C++ kernels, which cannot run: {reasons['cpu']}")
-        name = next((n for n in BACKENDS if reasons[n] is None), "")
-        if not name:
-            raise RuntimeError(f"no backend can serve device {device_type!r}: {reasons}")
-        for faster in BACKENDS[: BACKENDS.index(name)]:
-            logger.warning("kernels: using %r on %s because %r is absent: %s", name, device_type, faster, reasons[faster])
-    module = _module(name)
-    return Ops(**{op: getattr(module, op) for op in OP_NAMES}, chosen=dict.fromkeys(OP_NAMES, name))
+        order.insert(0, backend)
+    elif device_type == "cpu" and os.environ.get("ENGINE_CPU_ISA") and reasons["cpu"] is not None:
+        raise RuntimeError(f"ENGINE_CPU_ISA asks for the C++ kernels, which cannot run: {reasons['cpu']}")
+    if not order:
+        raise RuntimeError(f"no backend can serve device {device_type!r}: {reasons}")
+    modules = {name: _module(name) for name in order}
+    chosen = {op: next(name for name in order if hasattr(modules[name], op)) for op in OP_NAMES}
+    slow = [op for op, name in chosen.items() if name == BACKENDS[-1]]
+    if backend == "auto" and slow:
+        faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1])
+        logger.warning("kernels: %r serves %s on %s (%s)", BACKENDS[-1], ", ".join(slow), device_type, faster)
+    return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()}, chosen=chosen)
 
 
 def default_ops(device: torch.device) -> Ops:

@@ -32,11 +32,7 @@ Choice choose() {
         }
         throw std::runtime_error("ENGINE_CPU_ISA is '" + std::string(forced) + "', but this CPU runs only: " + names);
     }
-    std::string best = "portable";
-    for (const std::string& isa : runnable) {
-        if (isa != "avx512") best = isa;
-    }
-    return {best, table(best)};
+    return {runnable.back(), table(runnable.back())};
 }
 
 const Choice& choice() {

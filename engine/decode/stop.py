@@ -47,10 +47,12 @@ class TextState:
     Args:
         decode: ids to text, incomplete characters as U+FFFD (``Tokenizer.decode``).
         stops: the request's stop strings.
+        min_new_tokens: the text of so many tokens is not searched for them.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...], min_new_tokens: int = 0) -> None:
         self._decode = decode
+        self._unsearched = min_new_tokens  # of the tokens to come
         self._matcher = StopMatcher(stops)
         self._settled: list[int] = []  # the last ids whose text has been given,
         self._pending: list[int] = []  # and those after them whose text has not
@@ -59,6 +61,7 @@ class TextState:
     def feed(self, token: int) -> tuple[str, str | None]:
         """Settled text after one more token, and the stop string it completed, if any."""
         self._pending.append(token)
+        self._unsearched -= 1
         piece = self._new_text()
         if not piece or piece.endswith(INCOMPLETE):
             return "", None
@@ -73,7 +76,7 @@ class TextState:
         return self._decode(self._settled + self._pending)[len(self._decode(self._settled)) :]
 
     def _emit(self, piece: str, *, last: bool) -> tuple[str, str | None]:
-        text, stop = self._matcher.feed(piece)
+        text, stop = self._matcher.feed(piece) if self._unsearched < 0 else (piece, None)
         if last and stop is None:
             text += self._matcher.flush()
         self.text += text

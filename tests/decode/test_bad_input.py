@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -42,6 +44,31 @@ CALLS = [
     (([5]), {"params": SamplingParams(), "seed": 1}, TypeError, "generate() got both params and seed"),
     (([[5], [6]]), {"params": [SamplingParams()]}, ValueError, "params is a list of 1; with 2 prompts"),
     (([5]), {"params": [{"seed": 1}]}, ValueError, "it must be as many SamplingParams"),
+    (([5]), {"top_p": 0}, ValueError, "top_p is 0; it must be a number above 0, at most 1"),
+    (([5]), {"min_p": 2}, ValueError, "min_p is 2; it must be a number from 0 to 1"),
+    (([5]), {"presence_penalty": 3}, ValueError, "presence_penalty is 3; it must be a number from -2 to 2"),
+    (([5]), {"frequency_penalty": 3}, ValueError, "frequency_penalty is 3"),
+    (([5]), {"logit_bias": {4096: 1.0}}, ValueError, "logit_bias holds 4096; the model's vocabulary has ids 0 to 4095"),
+    (([5]), {"logit_bias": {1: math.inf}}, ValueError, "logit_bias[1] is inf"),
+    (([5]), {"allowed_token_ids": [1, 5000]}, ValueError, "allowed_token_ids holds 5000"),
+    (([5]), {"allowed_token_ids": ()}, ValueError, "allowed_token_ids is empty"),
+    (([5]), {"suppress_tokens": 5000}, ValueError, "suppress_tokens holds 5000"),
+    (([5]), {"bad_words": [[1, 5000]]}, ValueError, "bad_words holds 5000"),
+    (([5]), {"bad_words": [1]}, TypeError, "bad_words holds the number 1"),
+    (([5]), {"min_new_tokens": 257}, ValueError, "min_new_tokens is 257; it must be at most max_new_tokens, which is 256 here"),
+    (([5]), {"min_tokens": 9, "max_tokens": 8}, ValueError, "min_new_tokens is 9; it must be at most max_new_tokens, which is 8"),
+    (([5]), {"logprobs": 4097}, ValueError, "logprobs is 4097; the model's vocabulary has only 4096 tokens"),
+    (([5]), {"logits_processor": "f"}, TypeError, "logits_processor is 'f'"),
+    (([5]), {"json_schema": "{"}, ValueError, "json_schema is '{', which is not JSON"),
+    (([5]), {"json_schema": {"type": "nonsense"}}, ValueError,
+     "json_schema is '{\"type\": \"nonsense\"}', which cannot be used: Invalid type: nonsense"),
+    (([5]), {"json_schema": {"enum": []}}, ValueError, "which cannot be used: Unsatisfiable schema"),
+    (([5]), {"regex": "a(["}, ValueError, "regex is 'a([', which cannot be used: "),
+    (([5]), {"regex": "[^\\s\\S]"}, ValueError, "regex is '[^\\\\s\\\\S]', which "),
+    (([5]), {"grammar": "start: nowhere"}, ValueError, "grammar is 'start: nowhere', which cannot be used: "),
+    (([5]), {"regex": "a+", "allowed_token_ids": [300]}, ValueError, "regex is 'a+', and no text of the allowed_token_ids can satisfy it"),
+    (([5]), {"regex": "(a){0}", "ignore_eos": True}, ValueError, "regex is '(a){0}', which no text can satisfy"),
+    (([5]), {"regex": "a", "json_schema": True}, ValueError, "json_schema and regex are both given"),
     (([5] * 600), {"max_new_tokens": 1000}, ValueError, "needs 100 cache blocks of 16 tokens; the whole cache has 64"),
 ]  # fmt: skip
 
@@ -78,7 +105,7 @@ def test_the_decoder_stays_usable(decoder: Decoder):
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0"),
         ({"max_batch_tokens": 2}, ValueError, "max_batch_tokens is 2; it must be at least max_batch_size, which is 64"),
         ({"kv_dtype": torch.float64}, ValueError, "kv_dtype is torch.float64"),
-        ({"kernels": "fast"}, ValueError, "backend is 'fast'; known backends are auto, cpu, reference"),
+        ({"kernels": "fast"}, ValueError, "backend is 'fast'; known backends are auto, cpu, "),
         ({"tokenizer": "nowhere"}, FileNotFoundError, "tokenizer 'nowhere' not found"),
         ({"tokenizer": 5}, TypeError, "tokenizer is a int"),
         ({"max_batch_size": 2.5}, TypeError, "max_batch_size is 2.5; it must be an integer"),
@@ -105,6 +132,11 @@ def test_text_without_a_tokenizer(llama):
         decoder.generate("hello")
     with pytest.raises(ValueError, match="stop is .* but this decoder has no tokenizer; use stop_token_ids"):
         decoder.generate([5], stop="x")
+    with pytest.raises(ValueError, match="bad_words holds 'x', but this decoder has no tokenizer; use token ids"):
+        decoder.generate([5], bad_words="x")
+    for options in ({"json_schema": True}, {"regex": "a"}, {"grammar": 'start: "a"'}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is given, but this decoder has no tokenizer"):
+            decoder.generate([5], **options)
     assert decoder.generate([5], max_new_tokens=2)[0].text is None
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import math
+import re
 import subprocess
 import sys
 
 import pytest
+
+from engine import Decoder
+from engine.cli import main
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -29,6 +35,52 @@ def test_several_sequences():
     assert result.stdout.count("--- prompt") == 4
 
 
+def test_every_control_has_its_option(capsys):
+    arguments = ["--min-new-tokens", "3", "--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01"]
+    arguments += ["--repetition-penalty", "1.1", "--presence-penalty", "-0.5", "--frequency-penalty", "0.5", "--logit-bias", "5=-inf"]
+    arguments += ["--logit-bias", "6=2.5", "--suppress", "7", "--bad-word", "self", "--stop", "zzz", "--seed", "4", "--ignore-eos"]
+    assert main(["generate", "import os\n", *arguments, "--max-new-tokens", "6", "--logprobs", "2"]) == 0
+    stdout = capsys.readouterr().out
+    expected = Decoder.bundled(cache_tokens=512).generate(
+        "import os\n", min_new_tokens=3, temperature=1, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=-0.5,
+        frequency_penalty=0.5, logit_bias={5: -math.inf, 6: 2.5}, suppress_tokens=[7], bad_words=["self"], stop="zzz", seed=4,
+        ignore_eos=True, max_new_tokens=6, logprobs=2,
+    )[0]  # fmt: skip
+    text, lines = stdout.split("--- logprobs of prompt 0, sequence 0: position, token, raw, processed; most likely, raw ---\n")
+    assert text == f"import os\n{expected.text}\n"
+    assert len(lines.splitlines()) == 6
+    for i, line in enumerate(lines.splitlines()):
+        first = f"{len(expected.prompt_token_ids) + i:>5}  {expected.token_ids[i]} "
+        assert line.startswith(first) and f" {expected.logprobs[i]:.3f} " in line and f" {expected.processed_logprobs[i]:.3f} " in line
+        assert all(f"{token} " in line and f" {logprob:.3f}" in line for token, logprob in expected.top_logprobs[i].items())
+
+
+def test_structured_output_from_text_or_file(tmp_path, capsys):
+    pytest.importorskip("llguidance")
+    schema = '{"enum": ["left", "right"]}'
+    file = tmp_path / "schema.json"
+    file.write_text(schema)
+    for prompt, *options, expected in (
+        ("side = ", "--json-schema", schema, 'side = "(left|right)"\n'),
+        ("side = ", "--json-schema", str(file), 'side = "(left|right)"\n'),
+        ("n = ", "--regex", "[1-4]{3}", "n = [1-4]{3}\n"),
+        ("n = ", "--grammar", 'start: "a" | "b"', "n = [ab]\n"),
+    ):
+        assert main(["generate", prompt, *options]) == 0
+        assert re.fullmatch(expected, capsys.readouterr().out)
+
+
+def test_the_demo_draws_twice_the_same_and_writes_json(capsys):
+    pytest.importorskip("llguidance")
+    assert main(["demo"]) == 0
+    stdout = capsys.readouterr().out
+    first, second = re.findall(r"--- (?:sampled: [^\n]*|the same once more[^\n]*) ---\n(.*?)\n(?=---|\nThe two)", stdout, re.DOTALL)
+    assert first == second and len(first) > 60
+    assert "The two samples are identical" in stdout
+    value = ast.literal_eval(stdout.rsplit("json.loads gives ", 1)[1])
+    assert list(value) == ["name", "kind", "arguments", "public"] and value["kind"] in ("function", "class", "constant")
+
+
 def test_info_names_every_backend():
     result = run("info", "--no-measure")
     assert result.returncode == 0, result.stderr
@@ -47,6 +99,27 @@ def test_errors_are_one_line(arguments: list[str], words: str):
     result = run(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(words) and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--top-p", "0"], "error: top_p is 0.0; it must be a number above 0, at most 1"),
+        (["--logit-bias", "5000=1"], "error: logit_bias holds 5000; the model's vocabulary has ids 0 to 4095"),
+        (["--json-schema", "nowhere.json"], "error: json_schema is 'nowhere.json', which is not JSON"),
+        (["--min-new-tokens", "9", "--max-new-tokens", "8"], "error: min_new_tokens is 9; it must be at most max_new_tokens, which is 8"),
+    ],
+)
+def test_errors_of_the_controls(arguments: list[str], words: str, capsys):
+    assert main(["generate", "x", *arguments]) == 2
+    written = capsys.readouterr()
+    assert written.err.startswith(words) and written.err.count("\n") == 1 and written.out == ""
+
+
+def test_a_bias_that_is_none_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x", "--logit-bias", "5:1"])
+    assert "argument --logit-bias: '5:1' is not of the form ID=BIAS, as in 198=-2.5" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_text_and_stop_strings(bundled):
         assert output.text == plain.text[: plain.text.find(stop)]
         assert (output.finish_reason, output.stop_reason) == ("stop", stop)
         assert plain.token_ids[: len(output.token_ids)] == output.token_ids
+
+
+def test_stop_strings_wherever_they_fall_in_the_tokens(bundled):
+    """Every place of the text, inside a token and across several: the stream shows what stands before the first of it, and no more."""
+    prompt = "def read_csv(path):\n"
+    whole = bundled.generate(prompt, max_new_tokens=24)[0].text
+    rng = random.Random(1)
+    stops = [whole[at : at + length] for at in range(1, len(whole) - 6, 5) for length in [rng.choice([1, 2, 3, 6])]]
+    params = [SamplingParams(max_new_tokens=24, stop=[stop, "never this"]) for stop in stops]
+    shown = [""] * len(stops)
+    for event in bundled.stream([prompt] * len(stops), params=params):
+        at = event.prompt_index
+        shown[at] += event.text
+        if event.output is not None:
+            assert (event.output.text, event.output.stop_reason) == (whole[: whole.find(stops[at])], stops[at])
+    assert shown == [whole[: whole.find(stop)] for stop in stops] and len(set(shown)) > 5
 
 
 def test_stream_gives_what_generate_gives(bundled):

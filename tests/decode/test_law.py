@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 from decode.small_models import small_llama
+from torch import Tensor
 
-from engine import Decoder, SamplingParams
+from engine import Decoder, RequestOutput, SamplingParams
 
 
 def random_request(rng: random.Random, seed: int) -> tuple[list[int], SamplingParams]:
@@ -16,11 +18,29 @@ def random_request(rng: random.Random, seed: int) -> tuple[list[int], SamplingPa
         max_new_tokens=rng.randint(20, 60),
         temperature=rng.choice([0.0, 0.7, 1.0, 1.5]),
         top_k=rng.choice([None, 1, 5, 40]),
+        top_p=rng.choice([None, None, 0.5, 0.9]),
+        min_p=rng.choice([None, None, 0.02, 0.3]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        presence_penalty=rng.choice([0, 0, 1.5]),
+        frequency_penalty=rng.choice([0, 0, -0.5]),
+        logit_bias=rng.choice([{}, {5: 3.0, 6: -math.inf, 100: 1.0}]),
+        allowed_token_ids=rng.choice([None, None, None, range(0, 101, 2)]),
+        suppress_tokens=rng.choice([(), range(0, 101, 5)]),
+        bad_words=rng.choice([(), [[t, u] for t in range(101) for u in range(t % 11, 101, 11)]]),
+        min_new_tokens=rng.choice([0, 4, 20]),
+        stop_token_ids=rng.choice([(), (), range(60, 70)]),
+        logprobs=rng.choice([0, 0, 1, 7]),
+        logits_processor=rng.choice([None, None, None, towards_the_past]),
         seed=seed,
-        ignore_eos=True,
+        ignore_eos=rng.choice([True, True, False]),
     )
     return prompt, params
+
+
+def towards_the_past(token_ids: list[int], logits: Tensor) -> Tensor:
+    """A processor that depends on all tokens so far."""
+    logits[token_ids[-3:]] += len(token_ids) % 3
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +50,22 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
 
 
 @pytest.fixture(scope="module")
-def alone(decoder: Decoder, requests) -> list[tuple[list[int], list[float]]]:
+def alone(decoder: Decoder, requests) -> list[tuple]:
     """What each request gives by itself."""
     outputs = [decoder.generate(prompt, params=params)[0] for prompt, params in requests]
     assert len({tuple(o.token_ids[:20]) for o in outputs}) > 25  # the model is not so dull that everything agrees
-    return [(o.token_ids, o.logprobs) for o in outputs]
+    assert all(o.error is None for o in outputs)
+    return [drawn(o) for o in outputs]
+
+
+def drawn(output: RequestOutput) -> tuple:
+    return output.token_ids, output.logprobs, output.processed_logprobs, output.top_logprobs, output.processed_top_logprobs
 
 
 def same(decoder: Decoder, requests, alone) -> list:
     outputs = decoder.generate([prompt for prompt, _ in requests], params=[params for _, params in requests])
     # The logits agree to the bit, so the log-probabilities do.
-    assert [(o.token_ids, o.logprobs) for o in outputs] == alone
+    assert [drawn(o) for o in outputs] == alone
     return outputs
 
 
@@ -155,6 +180,8 @@ def test_each_token_is_what_the_law_gives_at_its_position(decoder, llama):
             logits.contiguous(),
             torch.full((n,), 0.9),
             torch.full((n,), 20, dtype=torch.int32),
+            torch.ones(n),
+            torch.zeros(n),
             torch.full((n,), 5 - 2**63, dtype=torch.int64),
             torch.arange(len(prompt), len(prompt) + n, dtype=torch.int32),
             torch.full((n,), output.stream, dtype=torch.int32),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -32,10 +36,22 @@ def _backend(name: str) -> ModuleType:
     return importlib.import_module(f"engine.kernels.{name}")
 
 
-@pytest.mark.parametrize("op", registry.OP_NAMES)
-@pytest.mark.parametrize("backend", registry.BACKENDS)
+def _has(backend: str, op: str) -> bool:
+    return backend != "triton" or op in _backend("triton").OPS
+
+
+@pytest.mark.parametrize(("backend", "op"), [(b, op) for b in registry.BACKENDS for op in registry.OP_NAMES if _has(b, op)])
 def test_signatures_are_those_of_the_api(backend: str, op: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
     assert inspect.signature(getattr(_backend(backend), op)) == inspect.signature(getattr(api, op))
+
+
+def test_backends_have_the_ops_they_are_asked_for() -> None:
+    """All but Triton have every op; Triton's are ops, and what it has not it does not pretend to have."""
+    triton = _backend("triton")
+    assert set(triton.OPS) < set(registry.OP_NAMES)
+    assert not [op for op in registry.OP_NAMES if op not in triton.OPS and hasattr(triton, op)]
 
 
 @pytest.mark.parametrize("op", registry.OP_NAMES)
@@ -89,6 +105,46 @@ def test_absent_backend_asked_for_by_name_is_an_error(no_cpu: None, monkeypatch:
 def test_backend_that_cannot_serve_a_device() -> None:
     with pytest.raises(RuntimeError, match="cannot run on cuda"):
         kernels.select("cuda", "cpu")
+    with pytest.raises(RuntimeError, match="'triton' was asked for but cannot run on meta: these kernels run on cuda"):
+        kernels.select("meta", "triton")
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    unavailable = _backend("triton").unavailable
+    assert "only in its interpreter" in unavailable("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert unavailable("cuda") == "torch finds no CUDA GPU"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert unavailable("cuda") == "the package triton is not installed"
+
+
+def test_a_backend_asked_for_by_name_serves_the_ops_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest comes from the automatic choice, which on a CPU takes no interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_backend("triton"), "_interpreted", lambda: True)  # the variable would stick to the kernels imported here
+    expected = "cpu" if kernels.backends("cpu")["cpu"] is None else "reference"
+    assert kernels.select("cpu").chosen == dict.fromkeys(registry.OP_NAMES, expected)
+    ops = kernels.select("cpu", "triton")
+    assert ops.chosen == {op: "triton" if op == "sample" else expected for op in registry.OP_NAMES}
+    assert ops.sample is _backend("triton").sample
+
+
+def test_a_gpu_gets_triton_and_one_line_about_the_rest(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with caplog.at_level(logging.WARNING, logger="engine.kernels"):
+        ops = kernels.select("cuda")
+    assert ops.chosen == {op: "triton" if op == "sample" else "reference" for op in registry.OP_NAMES}
+    assert len(caplog.records) == 1
+    assert "'reference' serves embed, " in caplog.text and "triton: has none of them" in caplog.text
+
+
+def test_importing_the_engine_imports_no_triton() -> None:
+    code = "import sys, engine, engine.kernels; engine.kernels.select('cpu'); assert 'triton' not in sys.modules, 'triton was imported'"
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENGINE_KERNELS")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
@@ -117,5 +173,5 @@ def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(kernels.select("cpu").chosen.values()) == {"reference"}
     registry.select.cache_clear()
     monkeypatch.setenv("ENGINE_KERNELS", "quick")
-    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, reference"):
+    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, triton, reference"):
         kernels.select("cpu")

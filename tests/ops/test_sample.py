@@ -158,6 +158,23 @@ def test_tokens_with_a_tail_win(position: int, token: int) -> None:
     assert cpu.sample(flat, **given).tokens.item() == reference.sample(flat, **given).tokens.item() == token
 
 
+@needs_cpp
+def test_what_other_rows_need_makes_no_difference() -> None:
+    """Lists and masks that are there for other rows: empty, or allowing everything."""
+    generator = torch.Generator().manual_seed(6)
+    for vocab in (129, 5000, 70_001):
+        logits = torch.randn(8, vocab, generator=generator) * 3
+        given = {**arguments(8), "temperature": torch.tensor([0.0, 1.0, 0.5, 1.0] * 2), "top_k": ints(0, 0, 0, 40, 0, 0, 40, 0)}
+        alone = cpu.sample(logits, **given, logprobs=3)
+        nothing = ints(*[0] * 9)
+        among_others = cpu.sample(
+            logits, **given, logprobs=3, allowed=torch.full((8, -(-vocab // 32)), -1, dtype=torch.int32),
+            penalties=Penalties(torch.ones(8), torch.zeros(8), torch.zeros(8), ints(5), ints(1), nothing),
+            bias=LogitBias(ints(5), torch.ones(1), nothing), end_tokens=EndTokens(ints(5), ints(*[0] * 8), nothing),
+        )  # fmt: skip
+        assert same(alone, among_others)
+
+
 # ---- semantics ----
 
 

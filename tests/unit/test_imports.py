@@ -19,7 +19,7 @@ LAYERS = (
     ("engine.decoder",),
     ("engine.admission", "engine.decode", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
-    ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer"),
+    ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer", "engine.verify"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room

@@ -8,7 +8,7 @@ import pytest
 
 from engine.blocks import BlockPool
 from engine.params import SamplingParams
-from engine.request import Request
+from engine.request import Drawn, Request
 from engine.scheduler import Scheduler, StepPlan
 
 
@@ -32,7 +32,7 @@ def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | No
     scheduler.commit(plan)
     scheduler.check()
     for request in plan.rows:
-        request.append(7, 0.0)
+        request.append(Drawn(7, 0.0, 0.0))
         if request.num_new_tokens == request.max_new_tokens or (rng is not None and rng.random() < finish_early):
             request.finish("length", text=None)
             scheduler.remove(request)

@@ -79,6 +79,31 @@ def test_a_stop_string_is_cut_from_the_text():
     assert state.text == "ab\n"
 
 
+@given(
+    st.text("ab", max_size=14),
+    st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=3, unique=True),
+    st.integers(0, 9),
+)
+def test_stop_strings_are_looked_for_only_after_min_new_tokens(text: str, stops: list[str], minimum: int):
+    state = TextState(decode, tuple(stops), minimum)
+    pieces, stop, fed = [], None, 0
+    for byte in text.encode():
+        fed += 1
+        piece, stop = state.feed(byte)
+        pieces.append(piece)
+        if fed <= minimum:
+            assert (piece, stop) == (chr(byte), None)  # nothing is held back for a search that does not take place
+        if stop is not None:
+            break
+    if stop is None:
+        piece, stop = state.flush()
+        pieces.append(piece)
+    seen = text[:fed]
+    kept, found = first_stop(seen[minimum:], tuple(stops))
+    assert ("".join(pieces), stop) == (seen[:minimum] + kept, found)
+    assert state.text == "".join(pieces)
+
+
 @given(st.lists(st.sampled_from([*b"ab ", *"é漢😀".encode(), 0xFF, 0xC3]), max_size=30))
 def test_the_pieces_are_the_whole(ids: list[int]):
     state = TextState(decode, ())

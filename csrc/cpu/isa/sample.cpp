@@ -116,12 +116,10 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     }
 
     const int64_t drawn = in_one_pass ? best.token : -1;
-    if (adjustments.any()) {
-        adjust(row, raw, adjustments);
+    if (adjustments.any() && adjust(row, raw, adjustments))
         finish(a, r, row, raw, row.adjusted, split, drawn);
-    } else {
+    else
         finish(a, r, row, raw, raw, split, drawn);
-    }
 }
 
 template <class T>

@@ -234,9 +234,9 @@ ENGINE_INLINE void mask_block(const Row& row, const uint32_t* allowed, int64_t b
     }
 }
 
-// Fill row.adjusted from the raw row and correct block_z where that changes it.
+// Fill row.adjusted from the raw row and correct block_z where that changes it; false if nothing was changed (a mask that allows all).
 template <class T>
-ENGINE_INLINE void adjust(const Row& row, const T* raw, const Adjustments& by) {
+ENGINE_INLINE bool adjust(const Row& row, const T* raw, const Adjustments& by) {
     const Logits<T> plain = {raw, row.vocab, 1.0f};
     float* x = row.adjusted;
     for (int64_t b = 0; b < row.blocks(); ++b) plain.block(b, x + b * kBlock);
@@ -260,11 +260,15 @@ ENGINE_INLINE void adjust(const Row& row, const T* raw, const Adjustments& by) {
         x[by.ends[i]] = -kInf;
         row.is_touched[by.ends[i] / kBlock] = 1;
     }
+    bool changed = false;
     for (int64_t b = 0; b < row.blocks(); ++b) {
         if (by.allowed != nullptr) mask_block(row, by.allowed, b);
+        if (!row.is_touched[b]) continue;
         NanSeen nan;
-        if (row.is_touched[b]) row.block_z[b] = block_max(x + b * kBlock, &nan) / row.temperature;
+        row.block_z[b] = block_max(x + b * kBlock, &nan) / row.temperature;
+        changed = true;
     }
+    return changed;
 }
 
 }  // namespace ENGINE_ISA
