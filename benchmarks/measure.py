@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,16 @@ class Machine:
         return max(num_bytes / self.read_bandwidth, operations / self.flop_rate)
 
 
-def interleaved(contenders: dict[str, Callable[[], float]], rounds: int, progress: tqdm | None = None) -> dict[str, list[float]]:
-    """Run every contender once per round, in turn, so that a drift of the machine's speed meets them all alike."""
+def interleaved(
+    contenders: dict[str, Callable[[], float]], rounds: int, progress: tqdm | None = None, slow: Collection[str] = (), slow_rounds: int = 1
+) -> dict[str, list[float]]:
+    """Run every contender once per round, in turn, so that a drift of the machine's speed meets them all alike; the slow ones in the
+    first ``slow_rounds`` rounds only."""
     results: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for i in range(rounds):
         for name, run in contenders.items():
+            if name in slow and i >= slow_rounds:
+                continue
             time.sleep(SETTLE_SECONDS)
             results[name].append(run())
             if progress is not None:

@@ -5,10 +5,12 @@ from .api import (
     STATUS_NAN,
     STATUS_NOTHING_ALLOWED,
     STATUS_OK,
+    BeamResult,
     EndTokens,
     LogitBias,
     Penalties,
     SampleResult,
+    beam_select,
     embed,
     linear,
     paged_attention,
@@ -21,6 +23,7 @@ from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 
 __all__ = [
     "BACKENDS",
+    "BeamResult",
     "OP_NAMES",
     "STATUS_BAD_PARAMETER",
     "STATUS_NAN",
@@ -32,6 +35,7 @@ __all__ = [
     "Penalties",
     "SampleResult",
     "backends",
+    "beam_select",
     "cuda_reason",
     "embed",
     "linear",

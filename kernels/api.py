@@ -41,7 +41,7 @@ class Penalties(NamedTuple):
     presence: Tensor  # float32 [R], at most 1e30 in size; 0 is off
     frequency: Tensor  # float32 [R], likewise
     token: Tensor  # int32 [N]
-    count: Tensor  # int32 [N], 0 to 2^24: how often the id occurs in the output; 0: only in the prompt
+    counts: Tensor  # int32 [N], 0 to 2^24: how often the id occurs in the output; 0: only in the prompt
     start: Tensor  # int32 [R + 1]
 
 
@@ -79,6 +79,16 @@ class SampleResult(NamedTuple):
     top_logprobs: Tensor | None = None  # float32 [R, n]
     processed_top_tokens: Tensor | None = None  # int64 [R, n]
     processed_top_logprobs: Tensor | None = None  # float32 [R, n]
+
+
+class BeamResult(NamedTuple):
+    """What ``beam_select`` returns: the best continuations of each group, best first."""
+
+    scores: Tensor  # float32 [G, C]: score of the beam plus `logprobs`; -inf where there are fewer continuations
+    tokens: Tensor  # int64 [G, C]; -1 there
+    parents: Tensor  # int32 [G, C]: the row of logits that is continued; -1 there
+    logprobs: Tensor  # float32 [G, C]: of the token in its beam
+    status: Tensor  # int32 [R]: STATUS_OK, or what makes a row contribute nothing (STATUS_NOTHING_ALLOWED also where its score is -inf)
 
 
 def embed(tokens: Tensor, table: Tensor) -> Tensor:
@@ -221,4 +231,48 @@ def sample(
     return default_ops(logits.device).sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,
         allowed=allowed, logprobs=logprobs, workspace=workspace,
+    )  # fmt: skip
+
+
+def beam_select(
+    logits: Tensor,
+    scores: Tensor,
+    group_start: Tensor,
+    num_candidates: int,
+    temperature: Tensor,
+    top_k: Tensor,
+    position: Tensor,
+    *,
+    seed: Tensor | None = None,
+    stream: Tensor | None = None,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+    workspace: Any = None,
+) -> BeamResult:
+    """The ``num_candidates`` best continuations of each group of beams, by the sum of log-probabilities.
+
+    ``logits [R, V]`` as for ``sample``: one row for each beam. ``scores`` float32 ``[R]``: what the beams have so far, at most 1e30 in
+    size, or -inf for a beam that is out. ``group_start`` int32 ``[G + 1]``, from 0 to R: group g has the rows
+    ``group_start[g]:group_start[g + 1]``. ``num_candidates``: C >= 1. ``temperature`` float32 ``[R]`` finite and > 0, ``top_k`` and
+    ``position`` int32 ``[R]``, and the lists: as for ``sample``.
+
+    In every row, each step in float32 with each operation rounded by itself:
+
+    1. ``z = x / temperature``; top-k keeps ``z >=`` the k-th largest, ties included;
+    2. ``l = (z - max z) - log(m)`` for what is kept, -inf for the rest: the log-softmax, where m is the mass of what is kept, a sum of
+       integers (``fixed_math.weight``) rounded to float32 and scaled to 1 for the largest, and ``log`` is ``fixed_math.log``. With +inf
+       entries those share the probability evenly;
+    3. penalties, bias, end tokens and mask change ``l``, in the order and by the arithmetic of ``sample``'s steps 1 and 2;
+    4. the score of the continuation is ``l`` plus that of the beam. With ``seed`` (int64 ``[R]``) and ``stream`` (int32 ``[R]``; both or
+       neither) it is that minus ``log(E)``, the noise of ``sample``: the best C of one row are then a sample without replacement (Gumbel
+       top-k; Kool et al. 2019).
+
+    Temperature and top-k thus renormalise (the origin's beams), what comes after does not (transformers' order: processors see
+    log-probabilities). Continuations of -inf are none. Ties go to the lower row, then to the lower token.
+    """
+    return default_ops(logits.device).beam_select(
+        logits, scores, group_start, num_candidates, temperature, top_k, position, seed=seed, stream=stream, penalties=penalties, bias=bias,
+        end_tokens=end_tokens, allowed=allowed, workspace=workspace,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def _lists(
             _Expected("penalties.presence", penalties.presence, f32, each, "[R]"),
             _Expected("penalties.frequency", penalties.frequency, f32, each, "[R]"),
             _Expected("penalties.token", penalties.token, i32, size, "[N]"),
-            _Expected("penalties.count", penalties.count, i32, size, "[N]"),
+            _Expected("penalties.counts", penalties.counts, i32, size, "[N]"),
             _Expected("penalties.start", penalties.start, i32, (rows + 1,), "[R + 1]"),
         ]
     if bias is not None:
@@ -219,8 +219,8 @@ def _list_values(vocab: int, penalties: Penalties | None, bias: LogitBias | None
         _all("penalties.presence", penalties.presence, penalties.presence.abs() <= LARGEST, "within -1e30 and 1e30")
         _all("penalties.frequency", penalties.frequency, penalties.frequency.abs() <= LARGEST, "within -1e30 and 1e30")
         _ids("penalties", penalties.token, penalties.start, vocab)
-        used = penalties.count[int(penalties.start[0]) : int(penalties.start[-1])]
-        _all("penalties.count", used, (used >= 0) & (used <= MAX_COUNT), "from 0 to 2^24", int(penalties.start[0]))
+        used = penalties.counts[int(penalties.start[0]) : int(penalties.start[-1])]
+        _all("penalties.counts", used, (used >= 0) & (used <= MAX_COUNT), "from 0 to 2^24", int(penalties.start[0]))
     if bias is not None:
         _ids("bias", bias.token, bias.start, vocab)
         addend = bias.bias[int(bias.start[0]) : int(bias.start[-1])]

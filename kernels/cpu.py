@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, checks_sample
-from .api import EndTokens, LogitBias, Penalties, SampleResult
+from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult
 
 _cpu: Any = None
 _reason: str | None = None
@@ -244,8 +244,7 @@ def sample(
     _cpu.sample(
         logits.data_ptr(), _DTYPE[logits.dtype], logits.stride(0), rows, vocab,
         _addresses((temperature, top_k, top_p, min_p, seed, position, stream)),
-        *_list(penalties, 6), *_list(bias, 3), *_list(end_tokens, 3), 0 if allowed is None else allowed.data_ptr(), logprobs or 0,
-        _addresses(result),
+        _lists(penalties, bias, end_tokens, allowed), logprobs or 0, _addresses(result),
     )  # fmt: skip
     return result
 
@@ -254,8 +253,50 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
     return tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 
-def _list(group: Penalties | LogitBias | EndTokens | None, size: int) -> tuple[tuple[int, ...], int]:
-    """The addresses of a list of tokens by rows, and its length. None, and a list without entries, is no list."""
-    if group is None or not len(group.token):
-        return (0,) * size, 0
-    return _addresses(group), len(group.token)
+def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None, allowed: Tensor | None) -> tuple[Any, ...]:
+    """The addresses of each list of tokens with its length, and of the mask. None, and a list without entries, is no list."""
+    addresses: list[Any] = []
+    for group, size in ((penalties, 6), (bias, 3), (end_tokens, 3)):
+        there = group is not None and len(group.token) > 0
+        addresses += (_addresses(group), len(group.token)) if group is not None and there else ((0,) * size, 0)
+    return (*addresses, 0 if allowed is None else allowed.data_ptr())
+
+
+# ---- beam_select ----
+
+
+def beam_select(
+    logits: Tensor,
+    scores: Tensor,
+    group_start: Tensor,
+    num_candidates: int,
+    temperature: Tensor,
+    top_k: Tensor,
+    position: Tensor,
+    *,
+    seed: Tensor | None = None,
+    stream: Tensor | None = None,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+    workspace: Any = None,
+) -> BeamResult:
+    """See ``api.beam_select``."""
+    checks_sample.beam_select(
+        logits, scores, group_start, num_candidates, temperature, top_k, position, seed, stream, penalties, bias, end_tokens, allowed
+    )  # fmt: skip
+    _on_cpu("logits", logits)
+    rows, vocab = logits.shape
+    groups = len(group_start) - 1
+    shape = (groups, num_candidates)
+    result = BeamResult(
+        torch.empty(shape), torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int32), torch.empty(shape),
+        torch.empty(rows, dtype=torch.int32),
+    )  # fmt: skip
+    _cpu.beam_select(
+        logits.data_ptr(), _DTYPE[logits.dtype], logits.stride(0), rows, vocab, groups, num_candidates,
+        _addresses((scores, group_start, temperature, top_k, position, seed, stream)), _lists(penalties, bias, end_tokens, allowed),
+        _addresses(result),
+    )  # fmt: skip
+    return result

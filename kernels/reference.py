@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .reference_beam import beam_select
 from .reference_sample import sample
 
-__all__ = ["embed", "linear", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable"]
+__all__ = ["beam_select", "embed", "linear", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable"]
 
 
 def unavailable(device_type: str) -> str | None:

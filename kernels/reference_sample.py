@@ -62,7 +62,7 @@ def adjust(
     x = raw.clone()
     for i, r in enumerate(rows):
         if penalties is not None:
-            ids, (count,) = _entries(penalties.token, penalties.start, r, penalties.count)
+            ids, (count,) = _entries(penalties.token, penalties.start, r, penalties.counts)
             value, repetition = x[i, ids], penalties.repetition[r]
             value = torch.where(value > 0, value / repetition, value * repetition)
             value = torch.where(count > 0, value - penalties.frequency[r] * count.float(), value)

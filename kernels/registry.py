@@ -31,6 +31,7 @@ class Ops:
     paged_attention: Callable[..., Any]
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
+    beam_select: Callable[..., Any]
     chosen: dict[str, str]  # op name -> backend name
 
 

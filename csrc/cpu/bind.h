@@ -20,6 +20,7 @@ inline T* as(uintptr_t address) {
 
 void bind_linear(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_beam(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_sample(py::module_& m);

@@ -11,8 +11,8 @@ namespace engine {
 // Compiled in and runnable on this CPU and operating system, slowest first.
 std::vector<std::string> supported_isas();
 
-// The chosen one: ENGINE_CPU_ISA if set (std::runtime_error when unknown or not runnable here), else the last of supported_isas. The tests of
-// all of them have run on such hardware (docs/hardware-status.md); one whose tests have not must not be chosen here.
+// The chosen one: ENGINE_CPU_ISA if set (std::runtime_error when unknown or not runnable here), else the last of supported_isas. The tests
+// of all of them have run on such hardware (docs/hardware-status.md); one whose tests have not must not be chosen here.
 const std::string& active_isa();
 const Kernels& active();
 

@@ -67,6 +67,19 @@ struct RaggedTokens {
     const int32_t* start;  // [rows + 1]
     int64_t size;          // of token
 };
+// Penalties, bias, end tokens and mask of a call.
+struct TokenLists {
+    RaggedTokens penalised;
+    const int32_t* count;     // beside penalised.token
+    const float* repetition;  // [rows]
+    const float* presence;
+    const float* frequency;
+    RaggedTokens biased;
+    const float* bias;  // beside biased.token
+    RaggedTokens ends;
+    const int32_t* min_position;  // [rows]
+    const uint32_t* allowed;      // [rows, ceil(vocab / 32)], or null
+};
 struct SampleArgs {
     const void* logits;  // [rows, vocab] of dtype, rows row_stride elements apart
     DType dtype;
@@ -78,16 +91,7 @@ struct SampleArgs {
     const int64_t* seed;
     const int32_t* position;
     const int32_t* stream;
-    RaggedTokens penalised;
-    const int32_t* count;     // beside penalised.token
-    const float* repetition;  // [rows]
-    const float* presence;
-    const float* frequency;
-    RaggedTokens biased;
-    const float* bias;  // beside biased.token
-    RaggedTokens ends;
-    const int32_t* min_position;  // [rows]
-    const uint32_t* allowed;      // [rows, ceil(vocab / 32)], or null
+    TokenLists lists;
     int64_t* tokens;
     int32_t* status;
     float* logprobs;            // null: no log-probabilities at all
@@ -97,6 +101,26 @@ struct SampleArgs {
     float* top_logprobs;
     int64_t* processed_top_tokens;
     float* processed_top_logprobs;
+};
+
+// ---- beam_select (isa/beam.cpp; likewise) ----
+struct BeamArgs {
+    const void* logits;  // as in SampleArgs
+    DType dtype;
+    int64_t row_stride, rows, vocab, groups, candidates;
+    const float* scores;         // [rows]
+    const int32_t* group_start;  // [groups + 1]
+    const float* temperature;    // [rows]
+    const int32_t* top_k;        // [rows]
+    const int32_t* position;     // [rows]
+    const int64_t* seed;         // [rows], or null: no noise
+    const int32_t* stream;       // [rows], or null with seed
+    TokenLists lists;
+    float* best;       // [groups, candidates]
+    int64_t* tokens;   // likewise
+    int32_t* parents;  // likewise
+    float* logprobs;   // likewise
+    int32_t* status;   // [rows]
 };
 
 // ---- elementwise (isa/elementwise.cpp) ----
@@ -135,8 +159,9 @@ struct Kernels {
     float (*read_floats)(const float* data, int64_t count);
     int64_t (*multiply_adds)(int64_t tasks, int64_t rounds);
 
-    // ---- sample ----
+    // ---- sample, beam_select ----
     void (*sample)(const SampleArgs& args);
+    void (*beam_select)(const BeamArgs& args);
     // The words of a row's tokens and, where a word is below kTailWords, their tails (else 0).
     void (*noise_of_row)(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
     // E and log(E) of n words.

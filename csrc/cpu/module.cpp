@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("n"));
     engine::bind_linear(m);
     engine::bind_attention(m);
+    engine::bind_beam(m);
     engine::bind_elementwise(m);
     engine::bind_limits(m);
     engine::bind_sample(m);

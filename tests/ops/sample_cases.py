@@ -11,57 +11,14 @@ import torch
 from torch import Tensor
 
 from engine.kernels.api import EndTokens, LogitBias, Penalties, SampleResult
+from engine.verify.hostile import rows
 
-INF, NAN = float("inf"), float("nan")
+INF = float("inf")
 VOCABS = (1, 2, 7, 127, 128, 129, 4096, 32000, 128256, 151936, 262144)
 TEMPERATURES = (0.0, 1e-6, 0.1, 1.0, 1.0, 5.0)
 TOP_PS = (1.0, 1.0, 0.0, 1e-9, 0.1, 0.5, 0.9, 0.99999, 1 - 2.0**-24)
 MIN_PS = (0.0, 0.0, 0.0, 1e-40, 1e-9, 0.05, 0.5, 1.0)
 LOGPROBS = (None, 0, 1, 5)
-
-
-def rows(vocab: int, generator: torch.Generator) -> Tensor:
-    """``[N, vocab]`` float32."""
-
-    def normal(scale: float) -> Tensor:
-        return torch.randn(vocab, generator=generator) * scale
-
-    def some(row: Tensor, value: float, count: int) -> Tensor:
-        row[torch.randperm(vocab, generator=generator)[:count]] = value
-        return row
-
-    one_block = normal(1.0)
-    one_block[vocab // 2 // 128 * 128 :][:128] += 20
-    signed_zero = torch.where(normal(1.0) > 0, 0.0, -0.0)
-    few_finite = torch.full((vocab,), -INF)
-    few_finite[torch.randperm(vocab, generator=generator)[:60]] = normal(1.0)[:60]
-    by_rank = -1.8 * torch.arange(1, vocab + 1).float().log()  # as a language model's
-    return torch.stack(
-        [
-            normal(3.0),
-            normal(0.3),
-            normal(3.0).bfloat16().float(),  # many ties
-            torch.zeros(vocab),
-            signed_zero,
-            torch.full((vocab,), -INF),
-            few_finite,
-            some(torch.full((vocab,), -INF), 1.0, 1),
-            some(torch.zeros(vocab), 100.0, 1),
-            normal(1e-40),  # subnormal
-            normal(1e38),  # overflows when divided by a small temperature
-            torch.full((vocab,), 3e38),
-            some(normal(3.0), INF, 3),
-            some(normal(3.0), NAN, 1),
-            some(some(normal(3.0), INF, 3), NAN, 1),
-            some(normal(3.0), -INF, vocab // 2),
-            one_block,
-            torch.linspace(-5, 5, vocab),
-            torch.linspace(1e4, 1e4 - 1, vocab),
-            by_rank,
-            by_rank[torch.randperm(vocab, generator=generator)],
-            some(normal(0.5), 9.0, min(vocab, 40)),  # a tie of many at the top, with the boundary of the nucleus in it
-        ]
-    )
 
 
 def lists(count: int, vocab: int, generator: torch.Generator) -> dict[str, Any]:

@@ -369,7 +369,7 @@ def penalise_plainly(logits: Tensor, by: Penalties) -> Tensor:
     out = logits.clone()
     for row in range(len(logits)):
         for i in range(int(by.start[row]), int(by.start[row + 1])):
-            token, count, value = by.token[i], by.count[i], logits[row, by.token[i]]
+            token, count, value = by.token[i], by.counts[i], logits[row, by.token[i]]
             value = value / by.repetition[row] if value > 0 else value * by.repetition[row]
             if count > 0:
                 value = value - by.frequency[row] * count.float() - by.presence[row]
@@ -479,9 +479,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (penalties(token=ints(0, 1, 4)), ValueError, r"penalties.token must be in \[0, 4\), got 4 at 2"),
     (penalties(token=ints(0, -1, 3)), ValueError, r"penalties.token must be in \[0, 4\), got -1 at 1"),
     (penalties(token=ints(0, 2, 2)), ValueError, "penalties.token must be distinct in each row, got 2 more than once in row 1"),
-    (penalties(count=ints(0, 0)), ValueError, "penalties.count must have shape"),
-    (penalties(count=ints(0, -1, 0)), ValueError, r"penalties.count must be from 0 to 2\^24, got -1 at 1"),
-    (penalties(count=ints(0, 0, (1 << 24) + 1)), ValueError, r"penalties.count must be from 0 to 2\^24, got 16777217 at 2"),
+    (penalties(counts=ints(0, 0)), ValueError, "penalties.counts must have shape"),
+    (penalties(counts=ints(0, -1, 0)), ValueError, r"penalties.counts must be from 0 to 2\^24, got -1 at 1"),
+    (penalties(counts=ints(0, 0, (1 << 24) + 1)), ValueError, r"penalties.counts must be from 0 to 2\^24, got 16777217 at 2"),
     (penalties(start=ints(0, 0)), ValueError, "penalties.start must have shape"),
     (penalties(start=ints(0, 2, 1)), ValueError, "penalties.start must rise from >= 0 to <= 3, the length of penalties.token, got 1 at 2"),
     (penalties(start=ints(-1, 2, 3)), ValueError, "penalties.start must rise.*got -1 at 0"),

@@ -1,238 +1,203 @@
-"""``sample`` draws from the law: chi-square over a million draws, independence, and the far tail; each test fails on wrong samplers.
-
-The tests check the fastest backend present. The wrong samplers are built from the specified noise; every one of them is a defect that an
-engine of the field has shipped or could.
-"""
+"""``sample`` draws from the law: chi-square on every control and on combinations, independence, the far tail, each batch alike; and every
+planted wrong sampler fails. The laws, statistics and wrong samplers are those of ``engine verify``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from engine.kernels import cpu, noise, sample
+from engine import kernels
+from engine.kernels import fixed_math, reference
+from engine.verify import checks, wrong
+from engine.verify.laws import LONG, PEAKED, Law, Sampler, chi_square, edge_of_top_p, long_laws, pack, poisson, small_laws
 
-DRAWS = 1_000_000
-CHUNK = 50_000
-SMALLEST_P = 1e-6
-needs_cpp = pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason=str(cpu.unavailable("cpu")))
+CPU = torch.device("cpu")
+KEY = 7
+FASTEST = kernels.select("cpu")
+SLOW = FASTEST.chosen["sample"] == "reference"
+DRAWS = 5_000 if SLOW else 200_000
 
-
-class Law(NamedTuple):
-    """A row of logits and how it is drawn from."""
-
-    logits: Tensor  # [V]
-    temperature: float
-    top_k: int
-
-    def probabilities(self) -> Tensor:
-        """float64 ``[V]``, by sorting and softmax."""
-        z = self.logits.double() / self.temperature
-        if self.top_k:
-            z = z.masked_fill(self.logits < self.logits.sort(descending=True).values[self.top_k - 1], -math.inf)
-        return z.softmax(dim=0)
+fastest = checks.sampler_of(FASTEST.sample, CPU)
+oracle = checks.sampler_of(reference.sample, CPU)
+named = {law.name: law for law in small_laws() + long_laws()}
+edges = [edge_of_top_p(inside) for inside in (False, True)]
 
 
-# Peaked rows: a flat one would hide a wrong law. The second ties at its sixth largest.
-PLAIN = Law(torch.tensor([4.0, 1.0, 3.5, -2.0, 0.0, 2.0, 3.0, -1.0, 1.5, -4.0, 0.5, -6.0]), 0.8, 0)
-TIED = Law(torch.tensor([2.0, 0.0, 1.0, 0.0, 3.0, -1.0, 0.0, 1.5, 2.5, -2.0, 0.0, -0.5]), 1.3, 6)
-
-Sampler = Callable[[Law, Tensor, Tensor], Tensor]  # law, seeds [N], positions [N] -> tokens [N]
+def check(outcome: checks.Outcome) -> None:
+    assert outcome.holds, str(outcome)
 
 
-def right(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    """The engine's own."""
-    n = len(seed)
-    result = sample(
-        law.logits.expand(n, -1),
-        torch.full((n,), law.temperature),
-        torch.full((n,), law.top_k, dtype=torch.int32),
-        seed,
-        position,
-        torch.zeros(n, dtype=torch.int32),
-    )
-    assert not result.status.any()
-    return result.tokens
+# ---- the fastest backend ----
 
 
-def from_scores(
-    law: Law,
-    seed: Tensor,
-    position: Tensor,
-    *,
-    score: Callable[[Tensor, Tensor], Tensor] = lambda z, e: z - e.log(),
-    words: Callable[[Tensor], Tensor] = lambda w: w,
-    temperature: bool = True,
-    exactly_k: bool = False,
-) -> Tensor:
-    """The law written plainly, with a place for one mistake; nothing wrong by default."""
-    word = words(noise.words(seed, position, torch.zeros_like(position), len(law.logits)))
-    e = noise.exponential(word, torch.zeros_like(word))
-    z = law.logits / law.temperature if temperature else law.logits
-    if law.top_k:
-        kept = law.logits.topk(law.top_k).indices if exactly_k else (law.logits >= law.logits.topk(law.top_k).values[-1]).nonzero()[:, 0]
-        z = torch.full_like(z, -math.inf).index_copy(0, kept, z[kept])
-    return score(z, e).argmax(dim=1)
+@pytest.mark.parametrize("vary", ["position", "seed", "wide seed", "stream"])
+@pytest.mark.parametrize("name", ["temperature 0.8, peaked", "top-k 6 with ties"])
+def test_whatever_varies(name: str, vary: str) -> None:
+    check(checks.follows_law(fastest, named[name], vary, DRAWS, KEY))
 
 
-def exponential_noise(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    return from_scores(law, seed, position, score=lambda z, e: z + e)
+@pytest.mark.parametrize("law", small_laws(), ids=lambda law: law.name)
+def test_each_control_and_combinations(law: Law) -> None:
+    check(checks.follows_law(fastest, law, "position", DRAWS, KEY))
 
 
-def noise_shared_by_four(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    """The word's index dropped: the four tokens of a Philox block get one word."""
-    return from_scores(law, seed, position, words=lambda w: w[:, torch.arange(w.shape[1]) // 4 * 4])
+@pytest.mark.parametrize("law", [*long_laws(), *edges], ids=lambda law: law.name)
+def test_long_rows(law: Law) -> None:
+    check(checks.follows_law(fastest, law, "seed", DRAWS // 4, KEY))
 
 
-def temperature_ignored(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    return from_scores(law, seed, position, temperature=False)
-
-
-def ties_trimmed(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    return from_scores(law, seed, position, exactly_k=True)
-
-
-def coarse_noise(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    """u + eps instead of u: the smallest u are lifted, as by the epsilons of several engines (here 2^-8 to show at this size)."""
-    return from_scores(law, seed, position, score=lambda z, e: z - (e + 2.0**-8).log())
-
-
-def half_the_positions(law: Law, seed: Tensor, position: Tensor) -> Tensor:
-    return from_scores(law, seed, position // 2)
-
-
-def draw(sampler: Sampler, law: Law, vary: str, draws: int = DRAWS) -> Tensor:
-    """``draws`` tokens over consecutive positions of one seed, or over many seeds at one position."""
-    tokens = []
-    for first in range(0, draws, CHUNK):
-        index = torch.arange(first, first + CHUNK)
-        seed = {"position": torch.full_like(index, 42), "seed": index, "wide seed": index * 0x9E3779B97F4A7C15}[vary]
-        position = index if vary == "position" else torch.full_like(index, 17)
-        tokens.append(sampler(law, seed, position.int()))
-    return torch.cat(tokens)
-
-
-def p_value(observed: Tensor, probabilities: Tensor) -> float:
-    """Chi-square of counts against probabilities, cells of expectation below 5 pooled; 0 if anything impossible was seen."""
-    expected = probabilities * int(observed.sum())
-    if bool(observed[probabilities == 0].any()):
-        return 0.0
-    large = expected >= 5
-    cells = [observed[large].double(), expected[large]]
-    if float(expected[~large].sum()) >= 5:
-        cells = [torch.cat([c, rest[~large].sum()[None].double()]) for c, rest in zip(cells, (observed, expected), strict=True)]
-    scale = cells[0].sum() / cells[1].sum()
-    return float(stats.chisquare(cells[0].numpy(), (cells[1] * scale).numpy()).pvalue)
-
-
-def check_law(sampler: Sampler, law: Law, vary: str, draws: int = DRAWS) -> None:
-    p = p_value(draw(sampler, law, vary, draws).bincount(minlength=len(law.logits)), law.probabilities())
-    assert p > SMALLEST_P, f"p = {p}"
-
-
-def check_independence(sampler: Sampler, law: Law, vary: str) -> None:
-    """Pairs of neighbouring draws, without overlap, against the product of the law with itself."""
-    first, second = draw(sampler, law, vary).view(-1, 2).T
-    size, probabilities = len(law.logits), law.probabilities()
-    p = p_value((first * size + second).bincount(minlength=size * size), torch.outer(probabilities, probabilities).flatten())
-    assert p > SMALLEST_P, f"p = {p}"
-
-
-@pytest.mark.parametrize("vary", ["position", "seed", "wide seed"])
-@pytest.mark.parametrize("law", [PLAIN, TIED], ids=["temperature", "top-k with ties"])
-def test_chi_square(law: Law, vary: str) -> None:
-    check_law(right, law, vary)
-
-
-@pytest.mark.parametrize("vary", ["position", "seed"])
+@pytest.mark.parametrize("vary", ["position", "seed", "stream"])
 def test_neighbouring_draws_are_independent(vary: str) -> None:
-    check_independence(right, PLAIN, vary)
+    check(checks.neighbours_are_independent(fastest, named["temperature 0.8, peaked"], vary, DRAWS, KEY))
 
 
-def test_law_written_plainly_passes() -> None:
-    """So that what fails below is the planted mistake."""
-    check_law(from_scores, TIED, "position")
-
-
-@pytest.mark.parametrize(
-    ("wrong", "law"),
-    [
-        (exponential_noise, PLAIN),
-        (noise_shared_by_four, PLAIN),
-        (temperature_ignored, PLAIN),
-        (coarse_noise, PLAIN),
-        (ties_trimmed, TIED),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_chi_square_finds_wrong_samplers(wrong: Sampler, law: Law) -> None:
-    with pytest.raises(AssertionError, match="p = "):
-        check_law(wrong, law, "position")
-
-
-def test_independence_finds_shared_noise() -> None:
-    check_law(half_the_positions, PLAIN, "position")  # each draw by itself is fine
-    with pytest.raises(AssertionError, match="p = "):
-        check_independence(half_the_positions, PLAIN, "position")
-
-
-@needs_cpp
-def test_chi_square_over_many_blocks() -> None:
-    """A longer row: tokens of all blocks, lanes and words of the kernel take part."""
-    logits = torch.randn(1500, generator=torch.Generator().manual_seed(2)) * 2
-    law = Law(logits, 1.0, 0)
-    check_law(right, law, "position", 200_000)
-    check_law(right, law._replace(top_k=40), "seed", 200_000)
-
-
-# ---- the far tail ----
-
-TAIL_TOKENS, GAP, TAIL_DRAWS, TAIL_CHUNK = 262_144, 19.0, 12_000, 3000
-
-
-def check_tail(hits_of: Callable[[range], int]) -> None:
-    """One token and a crowd 19 below it, each of the crowd with a chance of 5.6e-9, together one draw in 681.
-
-    At that gap uniforms of 24 bits give the crowd a twentieth of its due (at 20.5, where vLLM's test of this kind stands, nothing at all).
-    """
-    mass = TAIL_TOKENS * math.exp(-GAP)
-    expected = TAIL_DRAWS * mass / (1 + mass)
-    hits = sum(hits_of(range(first, first + TAIL_CHUNK)) for first in range(0, TAIL_DRAWS, TAIL_CHUNK))
-    p = 2 * min(stats.poisson.cdf(hits, expected), stats.poisson.sf(hits - 1, expected))
-    assert p > 1e-4, f"p = {p}: {hits} hits, {expected:.1f} expected"
-
-
-def right_hits(positions: range) -> int:
-    logits = torch.full((TAIL_TOKENS + 1,), -GAP)
-    logits[0] = 0.0
-    position = torch.tensor(positions)
-    return int((right(Law(logits, 1.0, 0), torch.full_like(position, 3), position.int()) != 0).sum())
-
-
-def hits_with_24_bits(positions: range) -> int:
-    """The engine's own words cut to 24 bits, as several engines' uniforms are."""
-    words, tails = torch.empty(TAIL_TOKENS + 1, dtype=torch.int32), torch.empty(TAIL_TOKENS + 1, dtype=torch.int32)
-    hits = 0
-    for position in positions:
-        cpu._cpu.noise_of_row(3, position, 0, TAIL_TOKENS + 1, words.data_ptr(), tails.data_ptr())
-        head = (int(words[0]) & 0xFFFFFFFF) >> 8
-        least = (int(words[1:].bitwise_xor_(-(2**31)).min()) + 2**31) >> 8  # the smallest as unsigned
-        best_of_tail, best_of_head = (-math.log(-math.log1p(-(w + 0.5) * 2.0**-24)) for w in (least, head))
-        hits += best_of_tail - GAP > best_of_head
-    return hits
-
-
-@needs_cpp
+@pytest.mark.skipif(SLOW, reason="the C++ kernels are absent, and the oracle would need an hour")
 def test_far_tail_is_drawn_as_often_as_it_should() -> None:
-    check_tail(right_hits)
+    check(checks.far_tail(fastest, checks.TAILS[0], KEY))
 
 
-@needs_cpp
-def test_tail_test_finds_coarse_uniforms() -> None:
-    with pytest.raises(AssertionError, match="p = .* hits"):
-        check_tail(hits_with_24_bits)
+@pytest.mark.parametrize("sampler", [fastest, oracle], ids=["fastest", "oracle"])
+def test_each_token_is_the_laws(sampler: Sampler) -> None:
+    check(checks.written_plainly(sampler, 500, KEY))
+    check(checks.extreme_words(sampler))
+
+
+@pytest.mark.parametrize("vocab", [300, 5001, 70_001])
+def test_batch_makes_no_difference(vocab: int) -> None:
+    check(checks.batch_invariance(FASTEST.sample, CPU, vocab))
+
+
+# ---- the oracle ----
+
+
+@pytest.mark.parametrize("law", [*small_laws(), *long_laws(), *edges], ids=lambda law: law.name)
+def test_oracle_follows_every_law(law: Law) -> None:
+    check(checks.follows_law(oracle, law, "position", 2000, KEY))
+
+
+def test_oracle_draws_the_tail() -> None:
+    check(checks.far_tail(oracle, checks.TAILS[-1], KEY))
+
+
+# ---- teeth ----
+
+TEETH = checks.teeth(20_000, KEY)
+
+
+@pytest.mark.parametrize(("planted", "finds"), TEETH, ids=[planted.__name__ for planted, _ in TEETH])
+def test_planted_wrong_sampler_fails(planted: Sampler, finds: checks.Check) -> None:
+    assert not finds(planted).holds
+
+
+@pytest.mark.parametrize(("planted", "finds"), TEETH, ids=[planted.__name__ for planted, _ in TEETH])
+def test_law_written_plainly_passes_the_same(planted: Sampler, finds: checks.Check) -> None:
+    """So that what failed above is the planted mistake. The far tail would take it an hour: there a backend passes instead."""
+    if planted not in (wrong.uniforms_of_24_bits, wrong.uniforms_plus_epsilon):
+        check(finds(wrong.plain))
+
+
+def test_marginals_hide_shared_positions() -> None:
+    """Only the test of independence sees them."""
+    check(checks.follows_law(wrong.half_the_positions, named["temperature 0.8, peaked"], "position", 20_000, KEY))
+
+
+def test_wrong_samplers_that_skip_rows_draw_the_same() -> None:
+    """Coarse uniforms decide most rows of the far tail by the first token alone; what they skip changes nothing."""
+    law = Law("short tail", torch.full((3000,), -16.5).index_fill(0, torch.tensor([0]), 0.0))
+    index = torch.arange(2000)
+
+    def log_e(word: Tensor, low: Tensor) -> Tensor:
+        return (-torch.log1p(-((word >> 8).double() + 0.5) * 2.0**-24)).log().float()
+
+    slow = wrong.from_scores(law, index, index, index, log_exponential=log_e)
+    assert torch.equal(slow, wrong.uniforms_of_24_bits(law, index, index, index))
+
+
+def test_no_token_is_a_failure() -> None:
+    def nothing(law: Law, seed: Tensor, position: Tensor, stream: Tensor) -> Tensor:
+        return wrong.plain(law, seed, position, stream).index_fill(0, torch.tensor([5]), -1)
+
+    outcome = checks.follows_law(nothing, named["temperature 0.8, peaked"], "position", 1000, KEY)
+    assert not outcome.holds and outcome.p == 0
+
+
+def test_a_batch_that_matters_is_found() -> None:
+    def sample(logits: Tensor, *, seed: Tensor, **given: Any) -> Any:
+        return reference.sample(logits=logits, seed=seed + torch.arange(len(seed)), **given)
+
+    assert not checks.batch_invariance(sample, CPU, 300).holds
+
+
+# ---- the laws and the statistics themselves ----
+
+
+def test_edge_of_top_p_is_decided_by_the_integers() -> None:
+    """The float64 law and the integer masses of the contract agree, though less than 4e-8 of the mass decides."""
+    for law in edges:
+        z = law.logits.double()
+        weight = fixed_math.weight(law.logits - law.logits.max())
+        needed = fixed_math.mass_needed(weight.sum()[None], torch.tensor([law.top_p]))
+        assert bool(law.kept(z)[z == 0].all()) == bool(weight[z > 0].sum() < needed[0]) == (law is edges[1])
+        assert abs(int(weight[z > 0].sum()) / int(weight.sum()) - law.top_p) < 4e-8
+
+
+def test_probabilities_of_the_filters() -> None:
+    """By hand, on a row of probabilities 0.4, 0.3, 0.2, 0.1."""
+    row = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+
+    def kept(**controls: Any) -> list[int]:
+        return (Law("", row, **controls).probabilities() > 0).nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_p=0.69) == [0, 1] and kept(top_p=0.71) == [0, 1, 2] and kept(top_p=0.0) == [0]
+    assert kept(min_p=0.51) == [0, 1] and kept(min_p=0.49) == [0, 1, 2]
+    assert kept(top_k=3, top_p=0.75) == [0, 1] and kept(top_p=0.75) == [0, 1, 2]
+    assert kept(temperature=0.0) == [0]
+    assert kept(allowed=torch.tensor([False, True, True, False])) == [1, 2]
+    assert kept(bias={0: -math.inf}) == [1, 2, 3]
+    penalised = Law("", torch.tensor([2.0, -2.0, 2.0]), repetition=2.0, presence=0.5, frequency=0.25, counts={0: 2, 1: 1, 2: 0})
+    assert penalised.processed(torch.float64).tolist() == [1 - 0.5 - 0.5, -4 - 0.25 - 0.5, 1.0]
+
+
+def test_mask_bits() -> None:
+    allowed = torch.rand(3, 70, generator=torch.Generator().manual_seed(0)) < 0.5
+    allowed[:, 31] = True  # the sign bit
+    words = pack(allowed)
+    assert words.shape == (3, 3) and words.dtype == torch.int32
+    assert all(bool(words[r, i >> 5] >> (i & 31) & 1) == bool(allowed[r, i]) for r in range(3) for i in range(70))
+
+
+def test_statistics_are_scipys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for law in (named["temperature 0.8, peaked"], Law("", LONG[:50] + 100)):
+        probabilities = law.probabilities()
+        counts = probabilities.multinomial(100_000, replacement=True, generator=generator).bincount(minlength=len(law.logits))
+        ours = chi_square(counts, probabilities)
+        if float(probabilities.min()) * 100_000 > 5:
+            theirs = stats.chisquare(counts.double().numpy(), (probabilities * 100_000).numpy())
+            assert ours.value == pytest.approx(theirs.statistic, rel=1e-9)
+        assert ours.p == pytest.approx(stats.chi2.sf(ours.value, ours.freedom), rel=1e-9)
+    assert chi_square(torch.tensor([10, 1]), torch.tensor([1.0, 0.0], dtype=torch.float64)).p == 0
+    for hits, expected in ((0, 19.7), (20, 19.7), (60, 19.7), (3, 0.1)):
+        p = 2 * min(stats.poisson.cdf(hits, expected), stats.poisson.sf(hits - 1, expected))
+        assert poisson(hits, expected).p == pytest.approx(min(1.0, p), rel=1e-9)
+
+
+def test_rare_cells_are_pooled() -> None:
+    probabilities = torch.tensor([0.5, 0.4999] + [0.0001 / 100] * 100, dtype=torch.float64)
+    statistic = chi_square(torch.tensor([50_000, 49_990] + [1] * 10 + [0] * 90), probabilities)
+    assert statistic.freedom in (2, 3) and statistic.p > 0.1
+    assert chi_square(torch.tensor([50_000, 49_900] + [100] + [0] * 99), probabilities).p < 1e-6
+
+
+@pytest.mark.parametrize("logits", [PEAKED, LONG])
+def test_temperature_zero_is_the_largest(logits: Tensor) -> None:
+    law = Law("greedy", logits, 0.0, top_k=3, top_p=0.5)
+    check(checks.follows_law(fastest, law, "position", 100, KEY))
+    assert float(law.probabilities()[logits.argmax()]) == 1

@@ -19,14 +19,23 @@ ENGINE_INLINE VecF pow2_of_shifted(VecF t) {
 #endif
 }
 
+// `other` in the lanes where x < limit, else `value`. A NaN in x keeps `value`.
+ENGINE_INLINE VecF where_less(VecF other, VecF value, VecF x, VecF limit) {
+#if ENGINE_ISA_LEVEL == 2
+    return {_mm512_mask_mov_ps(value.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), other.v)};
+#elif ENGINE_ISA_LEVEL == 1
+    return {_mm256_blendv_ps(value.v, other.v, _mm256_cmp_ps(x.v, limit.v, _CMP_LT_OQ))};
+#else
+    return {x.lo < limit.lo ? other.lo : value.lo, x.hi < limit.hi ? other.hi : value.hi};
+#endif
+}
+
 // `value`, or 0 in the lanes where x < limit. A NaN in x keeps `value`.
 ENGINE_INLINE VecF zero_where_less(VecF value, VecF x, VecF limit) {
-#if ENGINE_ISA_LEVEL == 2
-    return {_mm512_mask_mov_ps(value.v, _mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), _mm512_setzero_ps())};
-#elif ENGINE_ISA_LEVEL == 1
+#if ENGINE_ISA_LEVEL == 1
     return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_LT_OQ), value.v)};
 #else
-    return {x.lo < limit.lo ? Float4{} : value.lo, x.hi < limit.hi ? Float4{} : value.hi};
+    return where_less(zero(), value, x, limit);
 #endif
 }
 

@@ -90,7 +90,7 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     row.key = {static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]), static_cast<uint32_t>(a.stream[r])};
     lay_out(&row, static_cast<char*>(scratch(slot, lay_out(&row, nullptr))));
 
-    const Adjustments adjustments = adjustments_of(a, r);
+    const Adjustments adjustments = adjustments_of(a.lists, r, a.position[r], a.vocab);
     // A row that is neither adjusted nor filtered runs its race chunk by chunk behind the scan: one read of it, the noise in its shadow.
     const bool in_one_pass = !adjustments.any() && !row.greedy && !row.filtered();
     const Race<T> race = {row, {raw, row.vocab, row.temperature}, -kInf, row_noise(row.key)};
@@ -116,7 +116,9 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     }
 
     const int64_t drawn = in_one_pass ? best.token : -1;
-    if (adjustments.any() && adjust(row, raw, adjustments))
+    if (adjustments.any())
+        for (int64_t b = 0; b < row.blocks(); ++b) Logits<T>{raw, row.vocab, 1.0f}.block(b, row.adjusted + b * kBlock);
+    if (adjustments.any() && adjust(row, adjustments, row.temperature))
         finish(a, r, row, raw, row.adjusted, split, drawn);
     else
         finish(a, r, row, raw, raw, split, drawn);

@@ -153,25 +153,34 @@ ENGINE_INLINE Masses row_masses(const Row& row, const Logits<T>& logits, float t
     return masses;
 }
 
-// Bounds of the mass of the whole row in a quarter of the time, from ordinary exponentials: those of add_exp are at most 3.5e-7 off, the
-// exact weights 0.8e-7, the roundings of 128 additions in a tree of 9 levels or less 5.4e-7; and each weight is cut to an integer.
+// The sum of exp(z - top) over the tokens with z >= floor, from ordinary exponentials: those of add_exp are at most 3.5e-7 off, the
+// roundings of 128 additions in a tree of 9 levels or less 5.4e-7. A quarter of the time of row_masses.
+template <class T>
+ENGINE_INLINE double row_exp_sum(const Row& row, const Logits<T>& logits, float top, float floor) {
+    double total = 0;
+    for (int64_t b = 0; b < row.blocks(); ++b) {
+        if (row.block_z[b] < floor || row.block_z[b] - top < kWeightFloor) continue;
+        alignas(64) float z[kBlock];
+        logits.block(b, z);
+        VecF sum[4] = {zero(), zero(), zero(), zero()};
+        for (int i = 0; i < kBlock; i += 4 * kLanes)
+            for (int j = 0; j < 4; ++j) {
+                const VecF value = load(z + i + j * kLanes);
+                sum[j] = add(sum[j], zero_where_less(add_exp(zero(), sub(value, set1(top))), value, set1(floor)));
+            }
+        total += static_cast<double>(reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
+    }
+    return total;
+}
+
+// Bounds of the mass of the whole row: of its exponentials' sum, the exact weights' error of 0.8e-7, and the cut of each to an integer.
 struct MassRange {
     int64_t low, high;
 };
 template <class T>
 ENGINE_INLINE MassRange row_mass_range(const Row& row, const Logits<T>& logits, float top) {
     constexpr double kError = 1e-6;
-    double mass = 0;
-    for (int64_t b = 0; b < row.blocks(); ++b) {
-        if (row.block_z[b] - top < kWeightFloor) continue;
-        alignas(64) float z[kBlock];
-        logits.block(b, z);
-        VecF sum[4] = {zero(), zero(), zero(), zero()};
-        for (int i = 0; i < kBlock; i += 4 * kLanes)
-            for (int j = 0; j < 4; ++j) sum[j] = add_exp(sum[j], sub(load(z + i + j * kLanes), set1(top)));
-        mass += static_cast<double>(reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
-    }
-    mass *= static_cast<double>(int64_t{1} << kWeightBits);
+    const double mass = row_exp_sum(row, logits, top, -kInf) * static_cast<double>(int64_t{1} << kWeightBits);
     const double error = mass * kError + static_cast<double>(row.vocab);
     return {mass > error ? static_cast<int64_t>(mass - error) : 0, static_cast<int64_t>(mass + error) + 1};
 }

@@ -34,7 +34,7 @@ ENGINE_INLINE Distribution raw_distribution(const Row& row) {
     return {top, std::log(sum)};
 }
 
-// Over the tokens with z >= tau; their mass in integers.
+// Over the tokens with z >= tau.
 template <class T>
 ENGINE_INLINE Distribution processed_distribution(const Row& row, const Logits<T>& logits, float top, float tau) {
     if (top == kInf) {
@@ -42,8 +42,7 @@ ENGINE_INLINE Distribution processed_distribution(const Row& row, const Logits<T
         for (int64_t i = 0; i < row.vocab; ++i) infinite += logits.at(i) == kInf;
         return {top, std::log(static_cast<double>(infinite))};
     }
-    const int64_t mass = row_masses(row, logits, top, tau, kInf).whole;
-    return {top, std::log(static_cast<double>(mass) / (int64_t{1} << kWeightBits))};
+    return {top, std::log(row_exp_sum(row, logits, top, tau))};
 }
 
 // The n largest values at or above `tau` with their log-probabilities, lowest id first on ties; -1 and -inf where there are no more.

@@ -190,7 +190,7 @@ struct Adjustments {
     ENGINE_METHOD bool any() const { return num_penalised + num_biased + num_ends > 0 || allowed != nullptr; }
 };
 
-ENGINE_INLINE Adjustments adjustments_of(const SampleArgs& a, int64_t r) {
+ENGINE_INLINE Adjustments adjustments_of(const TokenLists& a, int64_t r, int32_t position, int64_t vocab) {
     Adjustments mine{};
     if (a.penalised.token != nullptr) {
         const int64_t begin = a.penalised.start[r];
@@ -207,14 +207,11 @@ ENGINE_INLINE Adjustments adjustments_of(const SampleArgs& a, int64_t r) {
         mine.bias = a.bias + begin;
         mine.num_biased = a.biased.start[r + 1] - begin;
     }
-    if (a.ends.token != nullptr && a.position[r] < a.min_position[r]) {
+    if (a.ends.token != nullptr && position < a.min_position[r]) {
         mine.ends = a.ends.token + a.ends.start[r];
         mine.num_ends = a.ends.start[r + 1] - a.ends.start[r];
     }
-    if (a.allowed != nullptr) {
-        const int64_t words = (a.vocab + 31) / 32;
-        mine.allowed = a.allowed + r * words;
-    }
+    if (a.allowed != nullptr) mine.allowed = a.allowed + r * ((vocab + 31) / 32);
     return mine;
 }
 
@@ -234,12 +231,10 @@ ENGINE_INLINE void mask_block(const Row& row, const uint32_t* allowed, int64_t b
     }
 }
 
-// Fill row.adjusted from the raw row and correct block_z where that changes it; false if nothing was changed (a mask that allows all).
-template <class T>
-ENGINE_INLINE bool adjust(const Row& row, const T* raw, const Adjustments& by) {
-    const Logits<T> plain = {raw, row.vocab, 1.0f};
+// Adjust row.adjusted, which holds the values of the row, and correct block_z, which holds the maxima of its blocks over `divisor`. False
+// if nothing was changed (a mask that allows all).
+ENGINE_INLINE bool adjust(const Row& row, const Adjustments& by, float divisor) {
     float* x = row.adjusted;
-    for (int64_t b = 0; b < row.blocks(); ++b) plain.block(b, x + b * kBlock);
     memset(row.is_touched, 0, static_cast<size_t>(row.blocks()));
     for (int64_t i = 0; i < by.num_penalised; ++i) {
         const int32_t id = by.penalised[i];
@@ -265,7 +260,7 @@ ENGINE_INLINE bool adjust(const Row& row, const T* raw, const Adjustments& by) {
         if (by.allowed != nullptr) mask_block(row, by.allowed, b);
         if (!row.is_touched[b]) continue;
         NanSeen nan;
-        row.block_z[b] = block_max(x + b * kBlock, &nan) / row.temperature;
+        row.block_z[b] = block_max(x + b * kBlock, &nan) / divisor;
         changed = true;
     }
     return changed;

@@ -12,7 +12,8 @@ int64_t multiply_adds(int64_t tasks, int64_t rounds);
 void attention_item(const AttentionArgs& args, const AttentionItem& item);   // attention.cpp
 void attention_merge(const AttentionArgs& args, const AttentionItem& item);  // attention.cpp
 
-void sample(const SampleArgs& args);  // sample.cpp
+void sample(const SampleArgs& args);     // sample.cpp
+void beam_select(const BeamArgs& args);  // beam.cpp
 void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
 void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
 void weights_of_values(const float* values, int64_t n, int64_t* weights);
@@ -32,6 +33,7 @@ const Kernels& kernels() {
         k.attention_item = attention_item;
         k.attention_merge = attention_merge;
         k.sample = sample;
+        k.beam_select = beam_select;
         k.noise_of_row = noise_of_row;
         k.noise_of_words = noise_of_words;
         k.weights_of_values = weights_of_values;
