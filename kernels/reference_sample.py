@@ -44,9 +44,11 @@ def sample(
     for part in torch.arange(len(logits), device=logits.device).split(max(1, _MAX_ELEMENTS // vocab)):
         raw = logits[part].float()
         x = adjust(raw, part.tolist(), position, penalties, bias, end_tokens, allowed)
-        per_row = (t[part] for t in (temperature, top_k, top_p, min_p, seed, position, stream))
-        results.append(_sample(raw, x, *per_row, logprobs))
-    return SampleResult(*(None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True)))
+        results.append(
+            _sample(raw, x, temperature[part], top_k[part], top_p[part], min_p[part], seed[part], position[part], stream[part], logprobs)
+        )
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True))
+    return SampleResult(*columns)  # type: ignore[arg-type]
 
 
 def adjust(
