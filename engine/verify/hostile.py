@@ -137,5 +137,5 @@ def take(given: dict[str, Any], index: Tensor) -> dict[str, Any]:
         picked = {name: t[entries if name in of_entry else index] for name, t in group._asdict().items() if name != "start"}
         return type(group)(**picked, start=start)
 
-    of_entry = ("token", "count", "bias")
+    of_entry = ("token", "counts", "bias")
     return {name: t[index] if isinstance(t, Tensor) else lists(t) for name, t in given.items()}

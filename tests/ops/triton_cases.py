@@ -74,7 +74,7 @@ def take(arguments: dict[str, Any], rows: Tensor) -> dict[str, Any]:
             entries = torch.cat([torch.arange(a, b) for a, b in zip(first.tolist(), end.tolist(), strict=True)])
             start = torch.cat([torch.zeros(1), (end - first).cumsum(0)]).int()
             parts = {
-                field: t[entries] if field in ("token", "count", "bias") else t[rows]
+                field: t[entries] if field in ("token", "counts", "bias") else t[rows]
                 for field, t in value._asdict().items()  # type: ignore[attr-defined]
                 if field != "start"
             }
@@ -255,13 +255,13 @@ def bad_parameters() -> Iterator[tuple[str, dict[str, Any], list[bool]]]:
 
     def penalties(rows: int, **given: Any) -> dict[str, Any]:
         whole = {"repetition": torch.full((rows,), 1.5), "presence": torch.zeros(rows), "frequency": torch.ones(rows)}
-        whole |= {"token": torch.arange(rows).int(), "count": torch.ones(rows).int(), "start": torch.arange(rows + 1).int()}
+        whole |= {"token": torch.arange(rows).int(), "counts": torch.ones(rows).int(), "start": torch.arange(rows + 1).int()}
         return arguments(rows, penalties=Penalties(**{**whole, **given}))
 
     yield "repetition", penalties(5, repetition=torch.tensor([0.5, 0.0, -1.0, INF, NAN])), [False, True, True, True, True]
     yield "presence", penalties(4, presence=torch.tensor([1e30, -1.1e30, INF, NAN])), [False, True, True, True]
     yield "frequency", penalties(4, frequency=torch.tensor([-1e30, 1.1e30, -INF, NAN])), [False, True, True, True]
-    yield "count", penalties(4, count=ints(0, 1 << 24, (1 << 24) + 1, -1)), [False, False, True, True]
+    yield "counts", penalties(4, counts=ints(0, 1 << 24, (1 << 24) + 1, -1)), [False, False, True, True]
     yield "token", penalties(5, token=ints(0, 39, 40, -1, 2**31 - 1)), [False, False, True, True, True]
     yield "start", penalties(5, start=ints(0, 1, -3, 2, 6, 5)), [False, True, True, True, True]
     yield "repeated token", penalties(2, token=ints(5, 5), start=ints(0, 2, 2)), [True, False]
