@@ -96,7 +96,7 @@ def embed(tokens: Tensor, table: Tensor) -> Tensor:
 
     Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``.
     """
-    return default_ops(table.device).embed(tokens, table)
+    return default_ops("table", table).embed(tokens, table)
 
 
 def linear(
@@ -116,7 +116,7 @@ def linear(
     Products accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): K is cut at fixed
     absolute places and lanes and partial sums are added in one fixed order.
     """
-    return default_ops(x.device).linear(x, weights, biases, residual=residual, out=out)
+    return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,7 +124,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     ``x [M, H]`` float32; ``weight [H]`` fp32, bf16 or fp16.
     """
-    return default_ops(x.device).rms_norm(x, weight, eps)
+    return default_ops("x", x).rms_norm(x, weight, eps)
 
 
 def rope_append(
@@ -150,7 +150,7 @@ def rope_append(
     and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32 or bf16 (round to
     nearest even). A slot of -1 writes nothing.
     """
-    return default_ops(qkv.device).rope_append(
+    return default_ops("qkv", qkv).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
         num_heads=num_heads, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps,
     )  # fmt: skip
@@ -176,14 +176,12 @@ def paged_attention(
     no row may see are never read into a result, whatever they hold. Keys are walked in fixed absolute splits of 512, merged in order
     (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits.
     """
-    return default_ops(q.device).paged_attention(
-        q, key_cache, value_cache, block_table, query_start, context_len, scale=scale, window=window
-    )
+    return default_ops("q", q).paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, scale=scale, window=window)
 
 
 def silu_mul(x: Tensor) -> Tensor:
     """``silu(x[:, :F]) * x[:, F:]`` for ``x [M, 2F]`` float32 contiguous; float32 ``[M, F]`` (SwiGLU, Shazeer 2020)."""
-    return default_ops(x.device).silu_mul(x)
+    return default_ops("x", x).silu_mul(x)
 
 
 def sample(
@@ -228,7 +226,7 @@ def sample(
     ``logprobs``: None computes none, 0 those of the chosen token, n also of the n most likely (at most V). ``workspace``: on a GPU the
     scratch memory and results of a caller that may not allocate (``triton.Workspace``); on a CPU there is none to give.
     """
-    return default_ops(logits.device).sample(
+    return default_ops("logits", logits).sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,
         allowed=allowed, logprobs=logprobs, workspace=workspace,
     )  # fmt: skip
@@ -272,7 +270,7 @@ def beam_select(
     Temperature and top-k thus renormalise (the origin's beams), what comes after does not (transformers' order: processors see
     log-probabilities). Continuations of -inf are none. Ties go to the lower row, then to the lower token.
     """
-    return default_ops(logits.device).beam_select(
+    return default_ops("logits", logits).beam_select(
         logits, scores, group_start, num_candidates, temperature, top_k, position, seed=seed, stream=stream, penalties=penalties, bias=bias,
         end_tokens=end_tokens, allowed=allowed, workspace=workspace,
     )  # fmt: skip

@@ -254,11 +254,10 @@ def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
 
 
 def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None, allowed: Tensor | None) -> tuple[Any, ...]:
-    """The addresses of each list of tokens with its length, and of the mask. None, and a list without entries, is no list."""
+    """The addresses of each list of tokens with its length, and of the mask; zeros for what is not there."""
     addresses: list[Any] = []
     for group, size in ((penalties, 6), (bias, 3), (end_tokens, 3)):
-        there = group is not None and len(group.token) > 0
-        addresses += (_addresses(group), len(group.token)) if group is not None and there else ((0,) * size, 0)
+        addresses += ((0,) * size, 0) if group is None else (_addresses(group), len(group.token))
     return (*addresses, 0 if allowed is None else allowed.data_ptr())
 
 

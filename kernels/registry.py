@@ -89,6 +89,8 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
     return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()}, chosen=chosen)
 
 
-def default_ops(device: torch.device) -> Ops:
-    """The ops of ``api``'s functions for a device."""
-    return select(device.type)
+def default_ops(name: str, first: Any) -> Ops:
+    """The ops of ``api``'s functions for the device of their first argument, a tensor called ``name``."""
+    if not isinstance(first, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(first).__name__}")
+    return select(first.device.type)

@@ -8,10 +8,31 @@
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "thread_pool.h"
 
 namespace py = pybind11;
 
 namespace engine {
+
+// While a kernel computes: the GIL is free, and floats round as IEEE 754 has it, subnormal numbers included, whatever the calling thread
+// has set (torch.set_flush_denormal); the pool's threads do so always. A row's bits may not depend on which thread computed it.
+class Computing {
+  public:
+#if defined(__x86_64__)
+    Computing() : control_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(kDefaultControl); }
+    ~Computing() { __builtin_ia32_ldmxcsr(control_); }
+#else
+    Computing() {}  // not a default one: it stands for what the others do
+#endif
+    Computing(const Computing&) = delete;
+    Computing& operator=(const Computing&) = delete;
+
+  private:
+    py::gil_scoped_release release_;
+#if defined(__x86_64__)
+    unsigned control_;
+#endif
+};
 
 template <class T>
 inline T* as(uintptr_t address) {

@@ -113,7 +113,7 @@ void make_plan(const AttentionArgs& a, const int32_t* query_start, const int32_t
 void paged_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, int dtype, uintptr_t block_table, uintptr_t query_start,
                      uintptr_t context_len, uintptr_t out, int64_t tokens, int64_t sequences, int64_t max_blocks, int64_t num_blocks,
                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, float scale, int64_t window) {
-    py::gil_scoped_release release;
+    const Computing computing;
     AttentionArgs args{};
     args.q = as<const float>(q);
     args.key_cache = as<const void>(key_cache);

@@ -41,7 +41,7 @@ void beam_select(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, 
     a.logprobs = as<float>(results[3]);
     a.status = as<int32_t>(results[4]);
     check_values(a);
-    py::gil_scoped_release release;
+    const Computing computing;
     active().beam_select(a);
 }
 

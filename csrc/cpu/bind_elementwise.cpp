@@ -14,18 +14,18 @@ void check_range(const char* name, const int32_t* values, int64_t count, int64_t
 }
 
 void embed(uintptr_t tokens, int64_t count, uintptr_t table, int dtype, int64_t vocabulary, int64_t width, uintptr_t out) {
-    py::gil_scoped_release release;
+    const Computing computing;
     check_range("tokens", as<const int32_t>(tokens), count, 0, vocabulary);
     active().embed(as<const int32_t>(tokens), count, as<const void>(table), static_cast<DType>(dtype), width, as<float>(out));
 }
 
 void rms_norm(uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, int dtype, float eps, uintptr_t out) {
-    py::gil_scoped_release release;
+    const Computing computing;
     active().rms_norm(as<const float>(x), rows, width, as<const void>(weight), static_cast<DType>(dtype), eps, as<float>(out));
 }
 
 void silu_mul(uintptr_t x, int64_t rows, int64_t width, uintptr_t out) {
-    py::gil_scoped_release release;
+    const Computing computing;
     active().silu_mul(as<const float>(x), rows, width, as<float>(out));
 }
 
@@ -33,7 +33,7 @@ void rope_append(uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t 
                  uintptr_t value_cache, uintptr_t q_norm, uintptr_t k_norm, uintptr_t out, int cache_dtype, int norm_dtype, int64_t tokens,
                  int64_t max_position, int64_t num_blocks, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t half,
                  int64_t block_size, float norm_eps, bool interleaved) {
-    py::gil_scoped_release release;
+    const Computing computing;
     RopeArgs args{};
     args.qkv = as<const float>(qkv);
     args.positions = as<const int32_t>(positions);

@@ -32,7 +32,7 @@ void linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple
     args.dtype = static_cast<DType>(dtype);
     args.residual = as<const float>(residual);
     args.out = as<float>(out);
-    py::gil_scoped_release release;
+    const Computing computing;
     active().linear(args);
 }
 

@@ -63,7 +63,7 @@ inline void check_ragged(const std::string& name, const RaggedTokens& list, int6
 }
 
 inline void check_lists(const TokenLists& lists, int64_t rows, int64_t vocab) {
-    if (lists.penalised.token != nullptr) {
+    if (lists.penalised.start != nullptr) {
         check("penalties.repetition", lists.repetition, 0, rows, "finite and > 0", [](float x) { return x > 0 && std::isfinite(x); });
         check("penalties.presence", lists.presence, 0, rows, "within -1e30 and 1e30", is_bounded);
         check("penalties.frequency", lists.frequency, 0, rows, "within -1e30 and 1e30", is_bounded);
@@ -71,12 +71,12 @@ inline void check_lists(const TokenLists& lists, int64_t rows, int64_t vocab) {
         check("penalties.counts", lists.count, lists.penalised.start[0], lists.penalised.start[rows], "from 0 to 2^24",
               [](int32_t n) { return n >= 0 && n <= 1 << 24; });
     }
-    if (lists.biased.token != nullptr) {
+    if (lists.biased.start != nullptr) {
         check_ragged("bias", lists.biased, rows, vocab, true);
         check("bias.bias", lists.bias, lists.biased.start[0], lists.biased.start[rows], "within -1e30 and 1e30, or -inf",
               [](float x) { return is_bounded(x) || x == -INFINITY; });
     }
-    if (lists.ends.token != nullptr) check_ragged("end_tokens", lists.ends, rows, vocab, false);
+    if (lists.ends.start != nullptr) check_ragged("end_tokens", lists.ends, rows, vocab, false);
 }
 
 // Addresses of the tensors of Penalties, LogitBias and EndTokens in the order of kernels/api.py, each with the length of its list, and of

@@ -38,7 +38,7 @@ void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64
     a.processed_top_tokens = as<int64_t>(results[6]);
     a.processed_top_logprobs = as<float>(results[7]);
     check_values(a);
-    py::gil_scoped_release release;
+    const Computing computing;
     active().sample(a);
 }
 

@@ -63,8 +63,8 @@ inline __attribute__((always_inline)) AttentionRange attention_range(const Atten
 // ---- sample (isa/sample.cpp; the names are those of kernels/api.py) ----
 // Entries start[r] .. start[r + 1] - 1 belong to row r.
 struct RaggedTokens {
-    const int32_t* token;  // null: the call has none
-    const int32_t* start;  // [rows + 1]
+    const int32_t* token;
+    const int32_t* start;  // [rows + 1]; null: the call has no such list
     int64_t size;          // of token
 };
 // Penalties, bias, end tokens and mask of a call.

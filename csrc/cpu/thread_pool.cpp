@@ -117,6 +117,9 @@ class Pool {
     }
 
     void work() {
+#if defined(__x86_64__)
+        __builtin_ia32_ldmxcsr(kDefaultControl);  // not what the thread that started this one has set
+#endif
         uint64_t seen = state_.load() / kEpoch;
         if ((state_.load() & kOpen) != 0) --seen;  // started while a job is open: join it
         while (true) {

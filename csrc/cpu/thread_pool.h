@@ -5,6 +5,10 @@
 
 namespace engine {
 
+#if defined(__x86_64__)
+constexpr unsigned kDefaultControl = 0x1f80;  // of MXCSR: round to nearest even, exceptions masked, subnormal numbers as they are
+#endif
+
 // Threads that take part in a parallel_for, the caller included. Default: ENGINE_NUM_THREADS, else the CPUs this process may run on (its
 // affinity mask, and its control group's quota if that is less).
 int num_threads();

@@ -46,7 +46,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--draws is {arguments.draws}; it must be from 100 to 100,000,000")
     if not 0 <= arguments.seed < 2**62:
         raise ValueError(f"--seed is {arguments.seed}; it must be from 0 to 2**62 - 1")
-    device = torch.device(arguments.device)
+    device = _device(arguments.device)
     if arguments.backend:
         names = [arguments.backend]
     else:
@@ -70,6 +70,16 @@ def command(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     print(f"\n{failures or 'none'} of {sum(len(plan) for _, plan, _ in sections)} not as it must be; key {arguments.seed}")
     return 1 if failures else 0
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if its type is one that kernels are for and it is there."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"--device is {name!r}; it must be cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}; torch finds {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
 
 
 def _contract(name: str, sample: Callable[..., Any], device: torch.device, draws: int | None, key: int, quick: bool) -> list[Check]:

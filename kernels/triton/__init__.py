@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-OPS = ("sample",)
-_LAZY = (*OPS, "Workspace")
+OPS = ("sample", "beam_select")
+# Where they and what belongs to them are.
+_MODULES = {"sample": "sampler", "Workspace": "sampler", "beam_select": "beam", "BeamWorkspace": "beam"}
 
 
 def _interpreted() -> bool:
@@ -38,6 +39,6 @@ def describe() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(".sampler", __name__), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

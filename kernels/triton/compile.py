@@ -1,7 +1,8 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
 Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. The variants
-are those that calls of ``sample`` specialise to: argument dtypes, what is absent, and whether sizes are multiples of 16.
+are those that calls of ``sample`` and ``beam_select`` specialise to: argument dtypes, what is absent, and whether sizes are multiples of
+16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..api import EndTokens, LogitBias, Penalties
-from . import sampler
+from . import beam, sampler
+from .launch import WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 _DTYPE = {
@@ -34,22 +36,23 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Variant(NamedTuple):
-    """A way to call ``sample``."""
+    """A way to call ``sample`` and ``beam_select``."""
 
     name: str
     dtype: torch.dtype
     vocab: int
     lists: bool = False
     mask: bool = False
-    logprobs: int | None = None
+    logprobs: int | None = None  # of `sample`
+    noise: bool = False  # of `beam_select`
 
 
 VARIANTS = (
     Variant("plain bf16", torch.bfloat16, 128256),
     Variant("plain fp32", torch.float32, 151936),
-    Variant("everything fp32", torch.float32, 128256, lists=True, mask=True, logprobs=5),
-    Variant("everything fp16, odd V", torch.float16, 50257, lists=True, mask=True, logprobs=5),
-    Variant("V = 1", torch.float32, 1, lists=True, mask=True, logprobs=1),
+    Variant("everything fp32", torch.float32, 128256, lists=True, mask=True, logprobs=5, noise=True),
+    Variant("everything fp16, odd V", torch.float16, 50257, lists=True, mask=True, logprobs=5, noise=True),
+    Variant("V = 1", torch.float32, 1, lists=True, mask=True, logprobs=1, noise=True),
     Variant("V = 2^22", torch.bfloat16, 1 << 22),
 )
 
@@ -68,28 +71,32 @@ class Usage(NamedTuple):
     fused: int  # multiplications and additions that do not round by themselves
 
 
-def _arguments(v: Variant) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The launches of a call on meta tensors."""
+def _launches(v: Variant) -> Iterator[Launch]:
+    """The launches of both calls on meta tensors."""
 
     def make(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows, entries = 2, 32
+    rows, entries, groups, candidates = 2, 32, 1, 8
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    per_row = [make(dtype, rows) for dtype in (f32, i32, f32, f32, i64, i32, i32)]
+    logits = make(v.dtype, rows, v.vocab)
+    floats, ints, seed = make(f32, rows), make(i32, rows), make(i64, rows)
     lists: list[Any] = [None] * 3
     if v.lists:
         ids, starts = make(i32, entries), make(i32, rows + 1)
         lists = [
-            Penalties(make(f32, rows), make(f32, rows), make(f32, rows), ids, ids, starts),
+            Penalties(floats, floats, floats, ids, ids, starts),
             LogitBias(ids, make(f32, entries), starts),
-            EndTokens(ids, make(i32, rows), starts),
+            EndTokens(ids, ints, starts),
         ]
-    mask = make(i32, rows, -(-v.vocab // 32)) if v.mask else None
+    lists.append(make(i32, rows, -(-v.vocab // 32)) if v.mask else None)
     workspace = sampler.Workspace(rows, v.vocab, "meta", v.logprobs or 0, lists=v.lists)
-    call: list[Any] = [workspace, make(v.dtype, rows, v.vocab), *per_row, *lists, mask, v.logprobs]
-    for kernel, _grid, arguments in sampler.launches(*call):
-        yield kernel, arguments
+    call: list[Any] = [workspace, logits, floats, ints, floats, floats, seed, ints, ints, *lists, v.logprobs]
+    yield from sampler.launches(*call)
+    draw = (seed, ints) if v.noise else (None, None)
+    beams = beam.BeamWorkspace(rows, v.vocab, groups, candidates, "meta", lists=v.lists)
+    call = [beams, logits, floats, make(i32, groups + 1), candidates, floats, ints, ints, *draw, *lists]
+    yield from beam.launches(*call)
 
 
 def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
@@ -139,7 +146,7 @@ def _fused(compiled: Any, code: str) -> int:
 def table(
     variants: tuple[Variant, ...] = VARIANTS,
     architectures: tuple[int, ...] = ARCHITECTURES,
-    kernels: Collection[str] = tuple(sampler.WARPS),
+    kernels: Collection[str] = tuple(WARPS),
     *,
     fusion: bool = False,
 ) -> list[Usage]:
@@ -147,7 +154,7 @@ def table(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for variant in variants:
-            for kernel, arguments in _arguments(variant):
+            for kernel, _grid, arguments in _launches(variant):
                 if kernel.__name__ not in kernels:
                     continue
                 options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": fusion}

@@ -1,4 +1,5 @@
-"""First kernel of ``sample``, only in calls with lists: penalties, bias and early end tokens of single tokens.
+"""Only in calls with lists: penalties, bias and early end tokens of single tokens, on the logits (``sample``, whose first kernel it is)
+or on the log-probabilities (``beam_select``, which gives ``temperature`` and ``state``).
 
 The row is not copied. The adjusted values of listed tokens go to ``values [R, V]``, of which nothing else is ever read, and two bits per
 token in ``touched [R, ceil(V / 16)]`` say which they are: bit 0 for penalties and end tokens, bit 1 for bias. Traffic: V / 4 bytes of
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .. import checks_sample as limits
-from .sample_row import LIST_BAD, LISTED, kernel, load_raw
+from .beam_rows import log_probability
+from .sample_row import LIST_BAD, LISTED, divided, kernel, load_raw
 
 _TILE = tl.constexpr(512)
 _LARGEST = tl.constexpr(limits.LARGEST)
@@ -48,11 +50,20 @@ def _touch(touched, ids, there, BIT: tl.constexpr):
 
 
 @triton.jit
-def _current(values, touched, raw, ids, there):
-    """The logit of listed tokens as the earlier lists left it."""
+def _given(logits, row, row_stride, ids, there, temperature, state):
+    """What the lists change, before they do."""
+    x = load_raw(logits, row, row_stride, ids, there)
+    if state is not None:
+        x = log_probability(divided(x, tl.load(temperature + row)), row, state)
+    return x
+
+
+@triton.jit
+def _current(values, touched, given, ids, there):
+    """The values of listed tokens as the earlier lists left them."""
     word = tl.load(touched + (ids >> 4), mask=there, other=0)
     hit = there & (((word >> ((ids & 15) * 2)) & 3) != 0)
-    return tl.where(hit, tl.load(values + ids, mask=hit, other=0.0), raw)
+    return tl.where(hit, tl.load(values + ids, mask=hit, other=0.0), given)
 
 
 @kernel
@@ -61,7 +72,7 @@ def sample_adjust(
     repetition, presence, frequency, penalty_token, penalty_count, penalty_start, penalty_size,
     bias_token, bias_value, bias_start, bias_size,
     end_token, end_position, end_start, end_size, position,
-    values, touched, listed,
+    temperature, state, values, touched, listed,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     values += row * vocab
@@ -102,7 +113,7 @@ def sample_adjust(
             bad |= out
             count = tl.load(penalty_count + at + tl.arange(0, _TILE), mask=there, other=0)
             bad |= tl.max(((count < 0) | (count > _MAX_COUNT)).to(tl.int32), axis=0)
-            x = load_raw(logits, row, row_stride, ids, there)
+            x = _given(logits, row, row_stride, ids, there, temperature, state)
             x = tl.where(x > 0.0, tl.div_rn(x, tl.zeros_like(x) + divisor), x * divisor)
             x = tl.where(count > 0, x - each * count.to(tl.float32), x)
             x = tl.where(count > 0, x - once, x)
@@ -119,7 +130,7 @@ def sample_adjust(
             addend = tl.load(bias_value + at + tl.arange(0, _TILE), mask=there, other=0.0)
             good = (tl.abs(addend) <= _LARGEST) | (addend == float("-inf"))
             bad |= tl.max((good == 0).to(tl.int32), axis=0)
-            x = _current(values, touched, load_raw(logits, row, row_stride, ids, there), ids, there)
+            x = _current(values, touched, _given(logits, row, row_stride, ids, there, temperature, state), ids, there)
             x = tl.where(addend == float("-inf"), float("-inf"), x + addend)
             tl.debug_barrier()  # all have read the bits
             bad |= tl.max(_touch(touched, ids, there, 1).to(tl.int32), axis=0)

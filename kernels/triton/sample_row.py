@@ -1,4 +1,4 @@
-"""What the kernels of ``sample`` share: how a row is read, what its parameters ask for, and where its state lies.
+"""What the kernels share: how a row is read, what its parameters ask for, and where its state lies.
 
 Token ids are flat tiles; offsets of rows are int64. ``values``, ``touched`` and ``listed`` come from ``sample_adjust`` and are None where
 the call has no lists; ``allowed`` is None where it has no mask.
@@ -42,11 +42,11 @@ LISTED = tl.constexpr(1)  # the row has lists
 LIST_BAD = tl.constexpr(2)  # one of them is out of range
 
 # Arguments whose value or alignment must not make Triton compile anew in the middle of a run, for they gain nothing from it.
-_ANY_VALUE = ("chunks", "penalty_size", "bias_size", "end_size", "num_top")
+_ANY_VALUE = ("chunks", "penalty_size", "bias_size", "end_size", "num_top", "rows", "groups", "num_candidates", "room")
 _ANY_ALIGNMENT = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "stream",
     "repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start",
-    "bias_token", "bias_value", "bias_start", "end_token", "end_position", "end_start", "allowed",
+    "bias_token", "bias_value", "bias_start", "end_token", "end_position", "end_start", "allowed", "scores", "group_start",
 )  # fmt: skip
 
 _GREEDY_BELOW = tl.constexpr(law.GREEDY_BELOW)
@@ -90,12 +90,18 @@ def adjusted(raw, row, vocab, tokens, there, values, touched, listed, allowed):
 
 
 @triton.jit
-def scaled(x, temperature):
-    """Step 3: ``z``, without NaN (rows that have one draw nothing)."""
+def divided(x, temperature):
+    """``x / temperature``, without NaN (rows that have one draw nothing)."""
     z = x
-    if (temperature >= _GREEDY_BELOW) & (temperature != 1.0):
+    if temperature != 1.0:
         z = tl.div_rn(x, tl.zeros_like(x) + temperature)
     return tl.where(z == z, z, float("-inf"))
+
+
+@triton.jit
+def scaled(x, temperature):
+    """Step 3: ``z``, without NaN."""
+    return divided(x, tl.where(temperature >= _GREEDY_BELOW, temperature, 1.0))
 
 
 @triton.jit

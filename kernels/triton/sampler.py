@@ -17,50 +17,31 @@ all sums that do are of integers, and all ties go to the lower token, so the tok
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from .. import checks_sample
 from ..api import EndTokens, LogitBias, Penalties, SampleResult
 from . import sample_row as row
+from .launch import CHUNK, Launch, check_device, check_same_device, launch, list_arguments, power_of_two, run
 from .sample_adjust import sample_adjust
 from .sample_race import sample_finish, sample_race
 from .sample_scan import sample_scan
 from .sample_search import sample_gather, sample_masses, sample_resolve
 from .sample_settle import sample_settle
 
-CHUNK, MASS_CHUNK = row.CHUNK.value, row.MASS_CHUNK.value
-# Threads of each kernel / 32, tuned for registers: see `compile`.
-WARPS = {
-    "sample_adjust": 4,
-    "sample_scan": 8,
-    "sample_settle": 16,
-    "sample_masses": 4,
-    "sample_gather": 8,
-    "sample_resolve": 16,
-    "sample_race": 8,
-    "sample_finish": 4,
-}
-
-
-_PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+MASS_CHUNK = row.MASS_CHUNK.value
 
 
 def constants(vocab_size: int) -> dict[str, int]:
     """What the kernels are compiled for: tokens per sub-block SUB (64, and more where V is above 2^18), their number NSUB and the number
     of chunks MAX_CHUNKS, both as powers of two."""
-    sub = max(64, _power_of_two(vocab_size) // 4096)
+    sub = max(64, power_of_two(vocab_size) // 4096)
     chunks = -(-vocab_size // CHUNK)
-    return {"SUB": sub, "NSUB": _power_of_two(chunks * (CHUNK // sub)), "MAX_CHUNKS": _power_of_two(chunks)}
+    return {"SUB": sub, "NSUB": power_of_two(chunks * (CHUNK // sub)), "MAX_CHUNKS": power_of_two(chunks)}
 
 
 class Workspace:
@@ -112,8 +93,7 @@ class Workspace:
         """Raise ``ValueError`` unless a call of these sizes can use this workspace."""
         if self.vocab_size != vocab_size or self.max_rows < rows:
             raise ValueError(f"workspace is for up to {self.max_rows} rows of {self.vocab_size} logits, got {rows} rows of {vocab_size}")
-        if self.device.type != device.type or (self.device.index is not None and self.device != device):
-            raise ValueError(f"workspace is on {self.device} while logits is on {device}")
+        check_same_device(self.device, device)
         if (logprobs or 0) > self.max_logprobs:
             raise ValueError(f"workspace is for up to {self.max_logprobs} logprobs, got {logprobs}")
         if lists and not self.lists:
@@ -141,8 +121,7 @@ def sample(
     checks_sample.sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
     )  # fmt: skip
-    if not (logits.is_cuda or isinstance(sample_scan, InterpretedFunction)):
-        raise ValueError(f"logits is on {logits.device}; these kernels run on cuda (on cpu only in Triton's interpreter)")
+    check_device(logits.device)
     rows, vocab = logits.shape
     lists = penalties is not None or bias is not None or end_tokens is not None
     if workspace is None:
@@ -151,12 +130,12 @@ def sample(
         raise TypeError(f"workspace must be a triton.Workspace or None, got {type(workspace).__name__}")
     else:
         workspace.check(rows, vocab, logits.device, logprobs, lists)
-    if rows:
-        with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
-            for kernel, grid, arguments in launches(
-                workspace, logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
-            ):  # fmt: skip
-                kernel[grid](**arguments)
+    run(
+        launches(
+            workspace, logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
+        ),
+        logits.device,
+    )  # fmt: skip
     return _results(workspace, rows, logprobs)
 
 
@@ -186,7 +165,7 @@ def launches(
     end_tokens: EndTokens | None,
     allowed: Tensor | None,
     logprobs: int | None,
-) -> Sequence[tuple[Any, tuple[int, ...], dict[str, Any]]]:
+) -> Sequence[Launch]:
     """The kernels of a call in order, each with its grid and arguments."""
     rows, vocab = logits.shape
     lists = penalties is not None or bias is not None or end_tokens is not None
@@ -209,26 +188,15 @@ def launches(
     search = {"state": w.state, "pivots": w.pivots, "totals": w.totals}
     raw = w.raw_maxima if logprobs else None
 
-    def launch(kernel: Any, grid: tuple[int, ...], *arguments: dict[str, Any]) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
-        merged: dict[str, Any] = {"num_warps": WARPS[kernel.__name__], "enable_fp_fusion": False}
-        for part in arguments:
-            merged |= part
-        return kernel, grid, merged
-
     calls = []
     if lists:
-        p, b, e = penalties, bias, end_tokens
         calls.append(
             launch(
                 sample_adjust,
                 narrow,
                 matrix,
-                dict(zip(_PENALTIES, p or [None] * 6, strict=True)),
-                {"penalty_size": p.token.numel() if p else 0},
-                dict(zip(("bias_token", "bias_value", "bias_start"), b or [None] * 3, strict=True)),
-                {"bias_size": b.token.numel() if b else 0},
-                dict(zip(("end_token", "end_position", "end_start"), e or [None] * 3, strict=True)),
-                {"end_size": e.token.numel() if e else 0, "position": position},
+                list_arguments(penalties, bias, end_tokens),
+                {"position": position, "temperature": None, "state": None},
                 {"values": w.values, "touched": w.touched, "listed": w.listed},
             )
         )

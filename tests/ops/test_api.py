@@ -127,7 +127,7 @@ def test_a_backend_asked_for_by_name_serves_the_ops_it_has(monkeypatch: pytest.M
     expected = "cpu" if kernels.backends("cpu")["cpu"] is None else "reference"
     assert kernels.select("cpu").chosen == dict.fromkeys(registry.OP_NAMES, expected)
     ops = kernels.select("cpu", "triton")
-    assert ops.chosen == {op: "triton" if op == "sample" else expected for op in registry.OP_NAMES}
+    assert ops.chosen == {op: "triton" if op in ("sample", "beam_select") else expected for op in registry.OP_NAMES}
     assert ops.sample is _backend("triton").sample
 
 
@@ -136,7 +136,7 @@ def test_a_gpu_gets_triton_and_one_line_about_the_rest(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with caplog.at_level(logging.WARNING, logger="engine.kernels"):
         ops = kernels.select("cuda")
-    assert ops.chosen == {op: "triton" if op == "sample" else "reference" for op in registry.OP_NAMES}
+    assert ops.chosen == {op: "triton" if op in ("sample", "beam_select") else "reference" for op in registry.OP_NAMES}
     assert len(caplog.records) == 1
     assert "'reference' serves embed, " in caplog.text and "triton: has none of them" in caplog.text
 
@@ -145,6 +145,14 @@ def test_importing_the_engine_imports_no_triton() -> None:
     code = "import sys, engine, engine.kernels; engine.kernels.select('cpu'); assert 'triton' not in sys.modules, 'triton was imported'"
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "ENGINE_KERNELS")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.parametrize("op", registry.OP_NAMES)
+def test_a_first_argument_that_is_no_tensor(op: str) -> None:
+    parameters = inspect.signature(getattr(api, op)).parameters.values()
+    needed = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    with pytest.raises(TypeError, match=" must be a tensor, got NoneType"):
+        getattr(api, op)(*needed, **{p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty})
 
 
 def test_unknown_backend_names_the_known_ones() -> None:

@@ -401,6 +401,23 @@ def test_penalties(sample: Any, vocab: int) -> None:
     assert torch.equal(logits.view(torch.int32), before.view(torch.int32))
 
 
+@needs_cpp
+def test_subnormal_numbers_count_whatever_the_calling_thread_has_set() -> None:
+    x = torch.full((16, 9000), 1e-42)
+    x[:, 7] = 2e-42
+    given = arguments(16, 0.0)
+    expected = cpu.sample(x, **given).tokens
+    assert expected.tolist() == [7] * 16
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(cpu.sample(x, **given).tokens, expected)
+        for row in range(16):
+            alone = cpu.sample(x[row : row + 1], **{name: t[:1] for name, t in given.items()})
+            assert alone.tokens.item() == 7
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_rows_of_any_stride(sample: Any) -> None:
     generator = torch.Generator().manual_seed(9)
     wide = torch.randn(12, 1000, generator=generator)
@@ -483,6 +500,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (penalties(counts=ints(0, -1, 0)), ValueError, r"penalties.counts must be from 0 to 2\^24, got -1 at 1"),
     (penalties(counts=ints(0, 0, (1 << 24) + 1)), ValueError, r"penalties.counts must be from 0 to 2\^24, got 16777217 at 2"),
     (penalties(start=ints(0, 0)), ValueError, "penalties.start must have shape"),
+    (penalties(token=ints(), counts=ints(), start=ints(5, -3, 9)), ValueError, "penalties.start must rise from >= 0 to <= 0.*got 5 at 0"),
+    (penalties(token=ints(), counts=ints(), start=ints(0, 0, 0), repetition=torch.zeros(2)), ValueError, "penalties.repetition must be"),
     (penalties(start=ints(0, 2, 1)), ValueError, "penalties.start must rise from >= 0 to <= 3, the length of penalties.token, got 1 at 2"),
     (penalties(start=ints(-1, 2, 3)), ValueError, "penalties.start must rise.*got -1 at 0"),
     (penalties(start=ints(0, 2, 4)), ValueError, "penalties.start must rise.*got 4 at 2"),

@@ -124,10 +124,10 @@ def test_every_kernel_compiles_without_spills(compiled: Any, capsys: pytest.Capt
     module, table = compiled
     with capsys.disabled():
         module.show(table)
-    from engine.kernels.triton import sampler
+    from engine.kernels.triton import launch
 
     for architecture in (80, 90):
-        assert {u.kernel for u in table if u.architecture == architecture} == set(sampler.WARPS)
+        assert {u.kernel for u in table if u.architecture == architecture} == set(launch.WARPS)
     assert [u for u in table if u.spills or u.stack] == []
 
 

@@ -234,7 +234,7 @@ template <class T>
 void run(const BeamArgs& a) {
     const int64_t blocks = (a.vocab + kBlock - 1) / kBlock;
     const TokenLists& l = a.lists;
-    const bool lists = l.penalised.token != nullptr || l.biased.token != nullptr || l.ends.token != nullptr || l.allowed != nullptr;
+    const bool lists = l.penalised.start != nullptr || l.biased.start != nullptr || l.ends.start != nullptr || l.allowed != nullptr;
     const int64_t floats = a.rows * blocks * (lists ? kBlock + 1 : 1);
     char* memory = static_cast<char*>(scratch(kCallScratch, floats * 4 + a.rows * static_cast<int64_t>(sizeof(Beam))));
     Beam* beams = reinterpret_cast<Beam*>(memory);

@@ -192,7 +192,7 @@ struct Adjustments {
 
 ENGINE_INLINE Adjustments adjustments_of(const TokenLists& a, int64_t r, int32_t position, int64_t vocab) {
     Adjustments mine{};
-    if (a.penalised.token != nullptr) {
+    if (a.penalised.start != nullptr) {
         const int64_t begin = a.penalised.start[r];
         mine.repetition = a.repetition[r];
         mine.presence = a.presence[r];
@@ -201,13 +201,13 @@ ENGINE_INLINE Adjustments adjustments_of(const TokenLists& a, int64_t r, int32_t
         mine.count = a.count + begin;
         mine.num_penalised = a.penalised.start[r + 1] - begin;
     }
-    if (a.biased.token != nullptr) {
+    if (a.biased.start != nullptr) {
         const int64_t begin = a.biased.start[r];
         mine.biased = a.biased.token + begin;
         mine.bias = a.bias + begin;
         mine.num_biased = a.biased.start[r + 1] - begin;
     }
-    if (a.ends.token != nullptr && position < a.min_position[r]) {
+    if (a.ends.start != nullptr && position < a.min_position[r]) {
         mine.ends = a.ends.token + a.ends.start[r];
         mine.num_ends = a.ends.start[r + 1] - a.ends.start[r];
     }
