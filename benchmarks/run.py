@@ -1,4 +1,4 @@
-"""Every benchmark, one command: ``python benchmarks/run.py [--suite linear|sampling|decode|all] [--quick] [--out FILE.json]``.
+"""Every benchmark, one command: ``python benchmarks/run.py [--suite linear|sampling|beam|decode|all] [--quick] [--out FILE.json]``.
 
 ``--device cuda`` measures what there is on a GPU: the sampling suite.
 """
@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from measure import Machine, write_json  # noqa: E402
 
-SUITES = ("linear", "sampling", "decode")  # each a module suite_*.py with run(), and plot() where it draws figures
+SUITES = ("linear", "sampling", "beam", "decode")  # each a module suite_*.py with run(), and plot() where it draws figures
 ON_CUDA = ("sampling",)
 
 

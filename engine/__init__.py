@@ -2,8 +2,8 @@
 
 from .decoder import Decoder
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
-from .params import SamplingParams
+from .params import BeamParams, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["Decoder", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamEvent", "__version__"]
+__all__ = ["BeamParams", "Decoder", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamEvent", "__version__"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .decode import beam_request
 from .decode.controls import Controls
 from .decode.grammar import Grammars, Matcher
 from .decode.stop import TextState
 from .models.config import ModelConfig
-from .params import SamplingParams, child_seed
+from .params import BeamParams, SamplingParams, child_seed
 from .request import Request
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer
@@ -28,8 +30,12 @@ def build_requests(
     tokenizer: Tokenizer | None,
     scheduler: Scheduler,
     grammars: Grammars,
+    beams_as_origin: bool = False,
 ) -> list[Request]:
-    """One request per prompt and returned sequence, in order. Raises ``ValueError`` or ``TypeError`` naming what cannot be."""
+    """One request per prompt and returned sequence, or per prompt and beam search, in order.
+
+    Raises ``ValueError`` or ``TypeError`` naming what cannot be.
+    """
     if params is not None and options:
         raise TypeError(f"{caller} got both params and {', '.join(options)}; give one or the other")
     one_for_all = params is None or isinstance(params, SamplingParams)
@@ -48,6 +54,8 @@ def build_requests(
         if p.seed is not None and one_for_all:
             seed = child_seed(seed, i)  # a seed that prompts share must not give them the same noise
         requests += _requests_of_prompt(i, tokens, p, seed, config, tokenizer, scheduler, grammars)
+        if isinstance(p, BeamParams) and p.num_beams > 1:
+            beam_request.begin(requests[-1], p, as_origin=beams_as_origin)
     return requests
 
 
@@ -74,7 +82,10 @@ def _requests_of_prompt(
         )
     if params.min_new_tokens > max_new_tokens:
         raise ValueError(f"min_new_tokens is {params.min_new_tokens}; it must be at most max_new_tokens, which is {max_new_tokens} here")
-    if reason := scheduler.admissible(len(tokens), max_new_tokens):
+    num_beams = params.num_beams if isinstance(params, BeamParams) else 1
+    if num_beams > config.vocab_size:
+        raise ValueError(f"num_beams is {num_beams}; it must be at most the model's vocabulary of {config.vocab_size}")
+    if reason := scheduler.admissible(len(tokens), max_new_tokens, num_beams):
         raise ValueError(f"prompt {prompt_index}: {reason}")
     stop, eos = params.stop, params.eos_token_id
     # SamplingParams has made tuples of these, whatever it was given.
@@ -88,16 +99,24 @@ def _requests_of_prompt(
         ("logit_bias", params.logit_bias),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("suppress_tokens", params.suppress_tokens),
+        ("prefix_token_ids", params.prefix_token_ids),
         ("bad_words", [token for word in bad_words for token in word]),
     ):
         for token in ids:
             if token >= config.vocab_size:
                 raise ValueError(f"{name} holds {token}; the model's vocabulary has ids 0 to {config.vocab_size - 1}")
+    forbidden = {*params.suppress_tokens, *(token for token, bias in params.logit_bias.items() if bias == -math.inf)}
+    if params.allowed_token_ids is not None and forbidden.issuperset(params.allowed_token_ids):
+        raise ValueError(f"allowed_token_ids is {params.allowed_token_ids!r:.60}, all of which suppress_tokens or logit_bias forbid")
     if params.logprobs > config.vocab_size:
         raise ValueError(f"logprobs is {params.logprobs}; the model's vocabulary has only {config.vocab_size} tokens")
     ends = set(params.stop_token_ids)
     if not params.ignore_eos:
         ends.update(config.eos_token_ids if eos is None else eos)
+    if (length := len(params.prefix_token_ids)) > max_new_tokens:
+        raise ValueError(f"prefix_token_ids has {length} tokens; it must have at most max_new_tokens, which is {max_new_tokens} here")
+    if early := ends.intersection(params.prefix_token_ids):
+        raise ValueError(f"prefix_token_ids holds {min(early)}, which ends the output")
     controls = Controls(params, bad_words, ends, len(tokens), config.vocab_size)
     matcher = _matcher(params, grammars, ends, controls)
     return [
@@ -114,7 +133,7 @@ def _requests_of_prompt(
             controls=controls,
             matcher=None if matcher is None else matcher.copy(),
         )
-        for index in range(params.num_return_sequences)
+        for index in range(params.num_return_sequences if num_beams == 1 else 1)
     ]
 
 
@@ -144,7 +163,9 @@ def _matcher(params: SamplingParams, grammars: Grammars, ends: set[int], control
     name, text = params.structure
     matcher = grammars.matcher(name, text, ends)
     if not bool(matcher.mask.any()):
-        raise ValueError(f"{name} is {text!r:.60}, which no text can satisfy")
+        if matcher.complete:
+            raise ValueError(f"{name} is {text!r:.60}, which only the empty text satisfies, and the request has no end token to end by")
+        raise ValueError(f"{name} is {text!r:.60}, which cannot be used: no text can satisfy it")
     if controls.allowed is not None and not bool((matcher.mask & controls.allowed).any()):
         raise ValueError(f"{name} is {text!r:.60}, and no text of the allowed_token_ids can satisfy it")
     return matcher

@@ -1,8 +1,8 @@
 """The block pool: which cache blocks belong to which sequence. Counts and ids only, no tensors.
 
 A *block* holds ``block_size`` consecutive tokens of one sequence. A *block table* is a sequence's list of block ids, in token order.
-Several tables may share a block (fork); a shared block is copied when one of them is about to write into it (copy-on-write), which only
-ever concerns the last, partly filled block of a fork.
+Several tables may share a block (fork, permute); a shared block is copied when one of them is about to write into it (copy-on-write),
+which only ever concerns the last, partly filled block of a fork.
 """
 
 from __future__ import annotations
@@ -42,16 +42,25 @@ class BlockPool:
         last = min(self.blocks_for(end), len(table))
         return [i for i in range(start // self.block_size, last) if self._references[table[i]] > 1]
 
-    def new_blocks(self, table: list[int], start: int, end: int) -> int:
-        """Blocks that must be taken from the pool before tokens ``start..end-1`` of this table can be written."""
-        return max(0, self.blocks_for(end) - len(table)) + len(self._shared(table, start, end))
+    def new_blocks(self, writes: Iterable[tuple[list[int], int, int]]) -> int:
+        """Blocks that must be taken from the pool before all ``writes`` (a table, ``start``, ``end``) can be made, one after the other."""
+        needed = 0
+        holders: dict[int, int] = {}  # of shared blocks, after the writes so far: the last table to write needs no copy
+        for table, start, end in writes:
+            needed += max(0, self.blocks_for(end) - len(table))
+            for i in self._shared(table, start, end):
+                left = holders.get(table[i], self._references[table[i]])
+                if left > 1:
+                    holders[table[i]] = left - 1
+                    needed += 1
+        return needed
 
     def prepare(self, table: list[int], start: int, end: int) -> list[tuple[int, int]]:
         """Make tokens ``start..end-1`` writable; returns the block copies ``(source, destination)`` to carry out before the write.
 
         Raises ``RuntimeError`` if the pool has too few free blocks; the table is then unchanged.
         """
-        needed = self.new_blocks(table, start, end)
+        needed = self.new_blocks([(table, start, end)])
         if needed > self.num_free:
             raise RuntimeError(f"{needed} blocks are needed and {self.num_free} are free")
         copies = []
@@ -68,6 +77,21 @@ class BlockPool:
         for block in table:
             self._references[block] += 1
         return list(table)
+
+    def permute(self, tables: list[list[int]], parents: list[int]) -> list[list[int]]:
+        """Tables of which the i-th continues ``tables[parents[i]]``: shared by several, passed on to one, dropped by none of them.
+
+        The given tables are used up. No block is taken or copied.
+        """
+        children = Counter(parents)
+        for i, table in enumerate(tables):
+            if not children[i]:
+                self.release(table)
+        result = []
+        for parent in parents:
+            children[parent] -= 1
+            result.append(self.fork(tables[parent]) if children[parent] else tables[parent])
+        return result
 
     def truncate(self, table: list[int], num_tokens: int) -> None:
         """Drop the blocks past the first ``num_tokens`` tokens."""

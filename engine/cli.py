@@ -21,7 +21,7 @@ from .decoder import Decoder
 from .kernels import cpu, limits
 from .kv_cache import block_bytes
 from .outputs import RequestOutput
-from .params import SamplingParams
+from .params import BeamParams, SamplingParams
 
 DEMO_PROMPTS = (
     "def read_csv(path):",
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     _model_arguments(generate)
     _sampling_arguments(generate)
-    demo = commands.add_parser("demo", help="watch the bundled model write: greedy, sampled, and JSON of a schema")
+    demo = commands.add_parser("demo", help="watch the bundled model write: greedy, beams, sampled, and JSON of a schema")
     demo.add_argument("--max-new-tokens", type=int, default=60, metavar="N")
     info = commands.add_parser("info", help="backends and why any is absent, instruction sets, measured limits")
     info.add_argument("--no-measure", action="store_true", help="do not measure the machine's limits")
@@ -75,7 +75,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those options of ``SamplingParams`` that make sense in a shell, each under its own name where the help names no other."""
+    """Those options of ``BeamParams`` that make sense in a shell, each under its own name where the help names no other."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 256, or as many as the model's length allows")
     parser.add_argument("--min-new-tokens", type=int, metavar="N", help="no end before so many tokens")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default")
@@ -97,6 +97,10 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--suppress", dest="suppress_tokens", type=int, action="append", metavar="ID", help="never draw this token; repeatable"
     )
     parser.add_argument("--bad-word", dest="bad_words", action="append", metavar="TEXT", help="never write this; repeatable")
+    parser.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="never write N tokens in a row twice")
+    parser.add_argument("--num-beams", type=int, metavar="W", help="beam search of this width")
+    parser.add_argument("--length-penalty", type=float, metavar="P", help="beams: the score is divided by length to this power")
+    parser.add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never", help="beams: when the search ends")
     parser.add_argument("--seed", type=int, metavar="S", help="repeat a draw; the seed used is printed")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
@@ -116,13 +120,22 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS, as in 198=-2.5") from None
 
 
+def _early_stopping(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 def _file_or_text(value: str) -> str:
     """What the file of this name holds if there is one, else the value itself."""
     try:
         is_file = Path(value).is_file()
     except (OSError, ValueError):  # text that can be no name
         is_file = False
-    return Path(value).read_text(encoding="utf-8") if is_file else value
+    if not is_file:
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{value} is not a text file in UTF-8") from None
 
 
 def _decoder(arguments: argparse.Namespace) -> Decoder:
@@ -134,7 +147,7 @@ def _decoder(arguments: argparse.Namespace) -> Decoder:
 
 def _generate(arguments: argparse.Namespace) -> int:
     decoder = _decoder(arguments)
-    options = {f.name: getattr(arguments, f.name) for f in fields(SamplingParams) if getattr(arguments, f.name, None) is not None}
+    options = {f.name: getattr(arguments, f.name) for f in fields(BeamParams) if getattr(arguments, f.name, None) is not None}
     options["logit_bias"] = dict(arguments.logit_bias)
     for name in ("json_schema", "grammar"):
         if name in options:
@@ -165,7 +178,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     decoder = Decoder.bundled()
     length: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
     print("--- greedy ---")
-    _write(decoder, [DEMO_PROMPTS[0]], length)
+    greedy = _write(decoder, [DEMO_PROMPTS[0]], length)[0]
+    print(f"--- beam search of width 4 beside it: the best two; greedy has a log-probability of {greedy.cumulative_logprob:.3f} ---")
+    _write(decoder, [DEMO_PROMPTS[0]], {**length, "num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0})
 
     sampled: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
     title = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in sampled.items())
@@ -207,7 +222,9 @@ def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> lis
         outputs.append(event.output)
         context += event.output.metrics.num_prompt_tokens + event.output.metrics.num_new_tokens // 2
         if not alone:
-            print(f"--- prompt {event.prompt_index}, sequence {event.index} (seed {event.output.seed}, stream {event.output.stream}) ---")
+            output = event.output
+            drawn = f"seed {output.seed}, stream {output.stream}" if output.score is None else f"score {output.score:.3f}"
+            print(f"--- prompt {event.prompt_index}, sequence {event.index} ({drawn}) ---")
             print(prompts[event.prompt_index] + (event.output.text or ""))
         if event.output.error:
             print(f"\nerror: {event.output.error}", file=sys.stderr)

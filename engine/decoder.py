@@ -14,6 +14,8 @@ from tqdm import tqdm
 from . import kernels as kernels_module
 from .admission import DEFAULT_NEW_TOKENS, build_requests
 from .blocks import BlockPool
+from .decode import beam_request
+from .decode.beam_rows import choose
 from .decode.grammar import GrammarError, Grammars
 from .decode.sample import sample_rows
 from .kv_cache import KVCache, block_bytes, size_cache
@@ -21,7 +23,7 @@ from .models.load import load
 from .outputs import FinishReason, RequestOutput, StreamEvent
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
-from .request import Drawn, Request
+from .request import Beam, Drawn, Request
 from .runner import Runner
 from .scheduler import Scheduler, StepPlan
 from .tokenizer import Tokenizer
@@ -100,6 +102,7 @@ class Decoder:
         )
         self.runner = Runner(self.model, self.cache, block_size)
         self.num_steps = 0  # steps run so far
+        self._stepping = False
 
     @classmethod
     def bundled(cls, **options: Any) -> Decoder:
@@ -131,11 +134,12 @@ class Decoder:
             ImportError: a grammar is asked for and llguidance is not installed.
         """
         requests = self._requests("generate()", prompts, attention_mask, params, options)
-        finished = tqdm(total=len(requests), desc="decoding", unit="request", disable=None, delay=2, leave=False)
+        total = sum(request.num_outputs for request in requests)
+        finished = tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False)
         with finished:
             for event in self._run(requests):
                 finished.update(event.output is not None)
-        return [request.output for request in requests if request.output is not None]
+        return [output for request in requests for output in request.outputs]
 
     def stream(
         self,
@@ -162,6 +166,8 @@ class Decoder:
         num_beams: int = 1,
         attention_mask: Tensor | None = None,
         pad_token_id: int | None = None,
+        *,
+        compat: str | None = None,
     ) -> Tensor:
         """The origin model's ``generate_super`` call, unchanged: new tokens ``[B, n]`` int64 for ``idx [B, T]``.
 
@@ -169,25 +175,45 @@ class Decoder:
         temperature 0 or below is greedy; batches work with and without padding on either side; every row runs to its own stop token,
         which is included, and is then filled with ``pad_token_id`` (default: ``stop_id``, else the model's, else 0). Prompt and new tokens
         must fit the model's length (the original drops the oldest tokens). Draws follow ``torch.manual_seed``.
+
+        With ``num_beams`` above 1 it gives the best sequence by the plain sum of its log-probabilities, which temperature and ``top_k``
+        shape in each beam. Repaired: beams that end are kept and go on no more (the original writes past the stop token and may lose a
+        better sequence); temperature 0 or below leaves log-probabilities as they are (the original divides by 0.001, which makes beams
+        greedy); with ``do_sample`` the sequence is drawn, the first of stochastic beams. ``compat="origin"`` decides as the original does:
+        nothing is retired, a search ends when its best beam has just ended, temperature 0 is 0.001, and ``do_sample`` ignores beams.
         """
-        if num_beams > 1:
-            raise ValueError(f"num_beams is {num_beams}; beam search is not yet available, 1 is allowed")
+        if isinstance(num_beams, bool) or not isinstance(num_beams, int):
+            raise TypeError(f"num_beams is {num_beams!r}; it must be an integer")
+        if compat not in (None, "origin"):
+            raise ValueError(f"compat is {compat!r}; it must be None or 'origin'")
         if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
             raise TypeError(f"temperature is {temperature!r}; it must be a number")
         if stop_id is not None and (not isinstance(stop_id, int) or not 0 <= stop_id < self.config.vocab_size):
             raise ValueError(f"stop_id is {stop_id!r}; it must be None or a token id from 0 to {self.config.vocab_size - 1}")
+        for name, value in (("top_k", top_k), ("pad_token_id", pad_token_id)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} is {value!r}; it must be an integer or None")
         if top_k is not None and top_k < 1:
             top_k = None  # as the original does
-        outputs = self.generate(
-            idx,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            temperature=max(temperature, 0.0),
-            top_k=top_k,
-            do_sample=do_sample,
-            ignore_eos=True,  # the original knows only stop_id
-            stop_token_ids=() if stop_id is None else (stop_id,),
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": max(temperature, 0.0),
+            "top_k": top_k,
+            "do_sample": do_sample,
+            "ignore_eos": True,  # the original knows only stop_id
+            "stop_token_ids": () if stop_id is None else (stop_id,),
+        }
+        as_origin = compat == "origin"
+        if num_beams > 1 and not (as_origin and do_sample):
+            options["num_beams"] = num_beams
+            if not do_sample:
+                options["length_penalty"] = 0.0
+            if temperature <= 0:
+                options["temperature"] = 0.001 if as_origin else None
+        requests = self._requests("generate_super()", idx, attention_mask, None, options, beams_as_origin=as_origin)
+        for _ in self._run(requests):
+            pass
+        outputs = [output for request in requests for output in request.outputs]
         for output in outputs:
             if output.error:
                 raise RuntimeError(f"row {output.prompt_index}: {output.error}")
@@ -202,9 +228,13 @@ class Decoder:
         attention_mask: Tensor | None,
         params: SamplingParams | Sequence[SamplingParams] | None,
         options: dict[str, Any],
+        *,
+        beams_as_origin: bool = False,
     ) -> list[Request]:
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
-        return build_requests(caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars)
+        return build_requests(
+            caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars, beams_as_origin
+        )
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
@@ -213,7 +243,7 @@ class Decoder:
             request.events = inbox
         try:
             self._enqueue(requests)
-            unfinished = len(requests)
+            unfinished = sum(request.num_outputs for request in requests)
             while unfinished:
                 if not inbox:
                     self.step()
@@ -231,7 +261,7 @@ class Decoder:
         leader: Request | None = None
         for request in requests:
             same_prompt = leader is not None and request.prompt_index == leader.prompt_index
-            if leader is not None and same_prompt and 1 + len(leader.followers) < self.scheduler.max_batch_size:
+            if leader is not None and same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
                 leader.followers.append(request)
             else:
                 leader = request
@@ -239,6 +269,15 @@ class Decoder:
 
     def step(self) -> None:
         """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
+        if self._stepping:
+            raise RuntimeError("this decoder is in the middle of a step; a logits_processor must not call its own decoder")
+        self._stepping = True
+        try:
+            self._step()
+        finally:
+            self._stepping = False
+
+    def _step(self) -> None:
         plan = self.scheduler.plan()
         if not plan.sequences:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
@@ -257,12 +296,23 @@ class Decoder:
         self.scheduler.commit(plan)
         if logits is None:
             return
-        rows = plan.rows
-        for request, drawn in zip(rows, sample_rows(self.ops, logits, rows), strict=True):
-            if drawn.error is not None:
-                self._finish(request, "error", error=drawn.error)
-            else:
-                self._advance(request, drawn)
+        rows = [row for row, _ in plan.rows]
+        requests = [row for row in rows if isinstance(row, Request)]
+        beams = [row for row in rows if isinstance(row, Beam)]
+        if requests:
+            for request, drawn in zip(requests, sample_rows(self.ops, logits[: len(requests)], requests), strict=True):
+                if drawn.error is not None:
+                    self._finish(request, "error", error=drawn.error)
+                else:
+                    self._advance(request, drawn)
+        if beams:
+            for choice in choose(self.ops, logits[len(requests) :], beams):
+                if choice.error is not None:
+                    self._finish(choice.request, "error", error=choice.error)
+                    continue
+                beam_request.go_on(choice, self.pool)
+                if choice.request.finished:
+                    self.scheduler.remove(choice.request)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:
         """Append a drawn token, settle its text, and end the request where it ends."""
@@ -309,6 +359,10 @@ class Decoder:
         drawn: Drawn | None = None,
         text: str = "",
     ) -> None:
+        if request.searches:
+            beam_request.fail(request, reason, error=error)
+            self.scheduler.remove(request)
+            return
         whole = None
         if request.text_state is not None:
             if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow

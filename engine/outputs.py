@@ -17,6 +17,7 @@ class RequestMetrics:
     num_preemptions: int
     time_to_first_token: float | None
     total_time: float
+    peak_blocks: int  # most cache blocks that it held at once; all beams of a search together, a shared block counted once
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RequestOutput:
     """
 
     prompt_index: int  # which prompt of the call
-    index: int  # which of its num_return_sequences
+    index: int  # which of its num_return_sequences; of a beam search the best is 0
     prompt_token_ids: list[int]
     token_ids: list[int]  # new tokens only, the stop token included
     text: str | None  # without stop token or stop string; None when the decoder has no tokenizer
@@ -50,11 +51,18 @@ class RequestOutput:
     seed: int
     stream: int
     metrics: RequestMetrics
+    # Of beam search only, else None. ``beam_score`` is the float32 sum of ``processed_logprobs``; ``score`` is what the outputs of a prompt
+    # are ranked by: beam_score / length ** length_penalty, or with ``do_sample`` the perturbed log-probability.
+    beam_score: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """Progress of one continuation: tokens and text since its last event. The last event of each carries its ``output``."""
+    """Progress of one continuation: tokens and text since its last event. The last event of each carries its ``output``.
+
+    Of a beam search the first output's events show tokens as soon as all running beams and the best finished sequence have them in common.
+    """
 
     prompt_index: int
     index: int

@@ -1,17 +1,27 @@
-"""Sampling parameters: every option of a request, validated in one place."""
+"""Sampling and beam parameters: every option of a request, validated in one place."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-FLOAT_LIMIT = 1e30  # the kernels' float32 holds such numbers and their reciprocals
-INT_LIMIT = 2**31 - 1  # as their int32 does these
+from .option_checks import (
+    FLOAT_LIMIT,
+    INT_LIMIT,
+    as_bias,
+    as_ids,
+    as_schema,
+    as_tuple,
+    as_words,
+    check_int,
+    check_range,
+    check_scale,
+    check_text,
+)
+
+MAX_SEQUENCES = 65_536  # of one prompt: each is a request with its state
 
 # Other engines' names for the same option.
 ALIASES = {
@@ -27,18 +37,27 @@ ALIASES = {
     "guided_json": "json_schema",
     "guided_regex": "regex",
     "guided_grammar": "grammar",
+    "beam_width": "num_beams",
+    "beam_size": "num_beams",
 }
 
 GRAMMARS = ("json_schema", "regex", "grammar")
 
 # None for these is the default, as elsewhere.
 _NONE_MEANS: dict[str, Any] = {
-    **dict.fromkeys(("stop", "stop_token_ids", "suppress_tokens", "bad_words", "logits_processor"), ()),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0.0),
+    **dict.fromkeys(("stop", "stop_token_ids", "suppress_tokens", "bad_words", "logits_processor", "prefix_token_ids"), ()),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0.0),
     **dict.fromkeys(("min_new_tokens", "logprobs"), 0),
-    "repetition_penalty": 1.0,
+    **dict.fromkeys(("repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    "early_stopping": False,
     "logit_bias": {},
 }
+
+_NOT_STOCHASTIC = (
+    "min_new_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "suppress_tokens",
+    "bad_words", "no_repeat_ngram_size", "prefix_token_ids", *GRAMMARS, "length_penalty", "early_stopping", "num_beam_groups",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +88,8 @@ class SamplingParams:
         bad_words: strings or lists of token ids that are never completed: the last id may not be drawn where the others stand right before
             it, in the prompt or the output. A string stands for the ids that the tokenizer gives it as written and after a space; other
             splittings of the same text are not found.
+        no_repeat_ngram_size: no run of so many tokens of the prompt and the output may occur twice; None: off.
+        prefix_token_ids: the first tokens of the output, whatever the model thinks of them; no end tokens among them.
         seed: key of the token law, 0 <= seed < 2**64. None: taken from torch's global generator, so ``torch.manual_seed`` repeats it.
             Prompts of one call that share a seed have each their own derived from it (the first the seed itself), so that they do not
             share noise; the output reports the seed used.
@@ -105,6 +126,8 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     suppress_tokens: tuple[int, ...] = ()
     bad_words: str | tuple[str | tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int | None = None
+    prefix_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     stream: int = 0
     num_return_sequences: int = 1
@@ -120,31 +143,31 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, default in _NONE_MEANS.items():
-            if getattr(self, name) is None:
+            if hasattr(self, name) and getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_numbers()
-        for name in ("stop_token_ids", "suppress_tokens", "eos_token_id", "allowed_token_ids"):
+        for name in ("stop_token_ids", "suppress_tokens", "eos_token_id", "allowed_token_ids", "prefix_token_ids"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _as_ids(name, getattr(self, name)))
+                object.__setattr__(self, name, as_ids(name, getattr(self, name)))
         if self.allowed_token_ids == ():
             raise ValueError("allowed_token_ids is empty; it must name at least one token, or be None (all)")
-        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else as_tuple("stop", self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop is {self.stop!r}; it must be a non-empty string or several of them")
         for text in stop:
-            _check_text("stop", text)
+            check_text("stop", text)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "bad_words", _as_words("bad_words", self.bad_words))
-        object.__setattr__(self, "logit_bias", _as_bias("logit_bias", self.logit_bias))
-        processors = (self.logits_processor,) if callable(self.logits_processor) else _as_tuple("logits_processor", self.logits_processor)
+        object.__setattr__(self, "bad_words", as_words("bad_words", self.bad_words))
+        object.__setattr__(self, "logit_bias", as_bias("logit_bias", self.logit_bias))
+        processors = (self.logits_processor,) if callable(self.logits_processor) else as_tuple("logits_processor", self.logits_processor)
         if not all(callable(p) for p in processors):
             raise TypeError(f"logits_processor is {self.logits_processor!r}; it must be a callable or several of them")
         object.__setattr__(self, "logits_processor", processors)
         self._check_grammar()
 
     def _check_numbers(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 1, none_means="as many as fit, at most 256")
-        _check_int("min_new_tokens", self.min_new_tokens, 0)
+        check_int("max_new_tokens", self.max_new_tokens, 1, none_means="as many as fit, at most 256")
+        check_int("min_new_tokens", self.min_new_tokens, 0)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be at most max_new_tokens, which is {self.max_new_tokens}")
         for name in ("do_sample", "ignore_eos"):
@@ -152,19 +175,20 @@ class SamplingParams:
             if not isinstance(value, bool) and not (name == "do_sample" and value is None):
                 raise TypeError(f"{name} is {value!r}; it must be True or False")
         for name in ("temperature", "repetition_penalty"):
-            _check_scale(name, getattr(self, name), zero=name == "temperature")
-        _check_range("top_p", self.top_p, 0, 1, above=True)
-        _check_range("min_p", self.min_p, 0, 1)
-        _check_range("presence_penalty", self.presence_penalty, -2, 2)
-        _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
+            check_scale(name, getattr(self, name), zero=name == "temperature")
+        check_range("top_p", self.top_p, 0, 1, above=True)
+        check_range("min_p", self.min_p, 0, 1)
+        check_range("presence_penalty", self.presence_penalty, -2, 2)
+        check_range("frequency_penalty", self.frequency_penalty, -2, 2)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, -1)
-        _check_int("seed", self.seed, 0, 2**64 - 1, none_means="drawn from torch's global generator")
-        _check_int("stream", self.stream, 0, 2**31 - 1)
-        _check_int("num_return_sequences", self.num_return_sequences, 1, INT_LIMIT)
+            check_int("top_k", self.top_k, -1)
+        check_int("seed", self.seed, 0, 2**64 - 1, none_means="drawn from torch's global generator")
+        check_int("stream", self.stream, 0, 2**31 - 1)
+        check_int("num_return_sequences", self.num_return_sequences, 1, MAX_SEQUENCES)
         if self.stream + self.num_return_sequences > 2**31:
             raise ValueError(f"stream + num_return_sequences is {self.stream + self.num_return_sequences}; it must not pass 2**31")
-        _check_int("logprobs", self.logprobs, 0)
+        check_int("logprobs", self.logprobs, 0)
+        check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 1, none_means="off")
 
     def _check_grammar(self) -> None:
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
@@ -173,11 +197,11 @@ class SamplingParams:
         for name in given:
             value = getattr(self, name)
             if name == "json_schema":
-                object.__setattr__(self, name, _as_schema(name, value))
+                object.__setattr__(self, name, as_schema(name, value))
             elif not isinstance(value, str) or not value:
                 raise (ValueError if value == "" else TypeError)(f"{name} is {value!r}; it must be a non-empty string")
             else:
-                _check_text(name, value)
+                check_text(name, value)
 
     @property
     def draw_temperature(self) -> float:
@@ -201,7 +225,8 @@ class SamplingParams:
     @classmethod
     def from_options(cls, caller: str, options: dict[str, Any]) -> SamplingParams:
         """Build from keyword options of ``caller``, aliases included; an unknown one raises ``TypeError`` naming the nearest known."""
-        known = [f.name for f in fields(cls)]
+        beam_options = {f.name for f in fields(BeamParams)} - {f.name for f in fields(cls)}
+        known = [f.name for f in fields(BeamParams)]
         named: dict[str, Any] = {}
         for key, value in options.items():
             name = ALIASES.get(key, key)
@@ -212,7 +237,86 @@ class SamplingParams:
             if name in named:
                 raise TypeError(f"{caller} got {name!r} twice, once as {key!r} under another name")
             named[name] = value
-        return cls(**named)
+        given = beam_options & named.keys()
+        if given and "num_beams" not in given:
+            raise TypeError(f"{caller} got {', '.join(sorted(given))} without num_beams; beam search needs num_beams above 1")
+        return BeamParams(**named) if given else cls(**named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamParams(SamplingParams):
+    """How one request is decoded by beam search; of width 1 it is plain decoding, and the other options of beams mean nothing.
+
+    Without ``do_sample`` it is transformers' beam search: the ``num_beams`` continuations with the largest sums of log-probabilities go on,
+    those that end compete by ``sum / length ** length_penalty``. With ``do_sample=True`` it is stochastic beam search (Kool, van Hoof and
+    Welling 2019): ``num_beams`` distinct sequences, drawn without replacement from what the model, temperature and top-k make likely.
+
+    All options of ``SamplingParams`` work as there, with these differences: ``temperature`` (above 0) and ``top_k`` act on the logits of
+    each beam before its log-probabilities are taken; penalties, bias and bans act on log-probabilities, as in transformers. There is no
+    ``top_p``, ``min_p``, ``stop`` or ``logprobs``, and with ``do_sample`` nothing that bans, biases or forces tokens.
+
+    Attributes:
+        num_beams: sequences that are followed at once; at least 1, at most the vocabulary's size and the decoder's ``max_batch_size``.
+        length_penalty: the exponent of the length in the score; 0 compares plain sums, larger favours longer outputs.
+        early_stopping: True ends the search when ``num_beams`` sequences have ended, "never" when no other can become better, False (the
+            default) when the best running one is not better at its present length.
+        num_beam_groups: as many searches of ``num_beams / num_beam_groups`` beams each (diverse beam search, Vijayakumar et al. 2016).
+        diversity_penalty: subtracted from the log-probability of a token for each earlier group's beam that has just taken it.
+        num_return_sequences: the best so many are returned; at most ``num_beams``.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_beams", self.num_beams, 1, INT_LIMIT)
+        check_range("length_penalty", self.length_penalty, -7, 7)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
+        check_int("num_beam_groups", self.num_beam_groups, 1)
+        check_range("diversity_penalty", self.diversity_penalty, 0, FLOAT_LIMIT)
+        if self.num_beams % self.num_beam_groups:
+            raise ValueError(f"num_beam_groups is {self.num_beam_groups}; it must divide num_beams, which is {self.num_beams}")
+        if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+            raise ValueError(
+                f"diversity_penalty is {self.diversity_penalty} with num_beam_groups {self.num_beam_groups}; it must be above 0 for "
+                "several groups and 0 for one"
+            )
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        """What cannot be together."""
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError(
+                f"num_return_sequences is {self.num_return_sequences}; it must be at most num_beams, which is {self.num_beams}"
+            )
+        if self.temperature is not None and self.temperature < 1e-5:  # what the sampler takes for greedy
+            raise ValueError(f"temperature is {self.temperature}; with num_beams above 1 it must be above 0, or None")
+        for name, off in (("top_p", (None, 1)), ("min_p", (None, 0)), ("stop", ((),)), ("logprobs", (0,))):
+            if getattr(self, name) not in off:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it cannot be used with num_beams above 1")
+        if self.stochastic:
+            # These would leave a beam's continuations with less than all of its probability: no longer a sample without replacement.
+            for f in fields(self):
+                if f.name in _NOT_STOCHASTIC and getattr(self, f.name) != (f.default if f.default is not MISSING else {}):
+                    raise ValueError(
+                        f"{f.name} is {getattr(self, f.name)!r:.60}; it cannot be used with do_sample=True and num_beams above 1"
+                    )
+
+    @property
+    def stochastic(self) -> bool:
+        return self.num_beams > 1 and bool(self.do_sample)
+
+    @property
+    def draw_temperature(self) -> float:
+        if self.num_beams == 1:
+            return super().draw_temperature
+        return 1.0 if self.temperature is None else self.temperature
 
 
 def child_seed(seed: int, index: int) -> int:
@@ -224,108 +328,3 @@ def child_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None, none_means: str | None = None) -> None:
-    if value is None and none_means is not None:
-        return
-    allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if name == "top_k":
-        allowed = "a positive integer, or None, 0 or -1 for off"
-    if none_means is not None:
-        allowed += f", or None ({none_means})"
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} is {value!r}; it must be {allowed}")
-    if int(value) < low or (high is not None and int(value) > high):
-        raise ValueError(f"{name} is {value}; it must be {allowed}")
-
-
-def _check_number(name: str, value: Any, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; it must be {allowed}")
-
-
-def _check_scale(name: str, value: Any, *, zero: bool) -> None:
-    """A number that divides and multiplies logits: positive, or 0 where that is allowed; None passes."""
-    if value is None:
-        return
-    allowed = f"a finite number {'of at least' if zero else 'above'} 0"
-    _check_number(name, value, allowed)
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{name} is {value}; it must be {allowed}")
-    if value and not 1 / FLOAT_LIMIT <= float(value) <= FLOAT_LIMIT:
-        raise ValueError(f"{name} is {value}; it must lie within {1 / FLOAT_LIMIT:g} and {FLOAT_LIMIT:g}, or be 0 where that is allowed")
-
-
-def _check_range(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    """A number from ``low``, itself excluded if ``above``, to ``high``; None passes."""
-    if value is None:
-        return
-    allowed = f"a number {'above' if above else 'from'} {low}{', at most' if above else ' to'} {high}"
-    _check_number(name, value, allowed)
-    if not low <= value <= high or (above and value == low):
-        raise ValueError(f"{name} is {value}; it must be {allowed}")
-
-
-def _check_text(name: str, text: str) -> None:
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{name} holds {text!r:.60}, with a lone surrogate, which is not Unicode text")
-
-
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} is {value!r}; it must be one value or a list of them")
-    return tuple(value)
-
-
-def _as_ids(name: str, value: Any) -> tuple[int, ...]:
-    """One token id or several as a tuple."""
-    ids = (value,) if isinstance(value, Integral) else _as_tuple(name, value)
-    for token in ids:
-        _check_int(name, token, 0)
-    return tuple(map(int, ids))
-
-
-def _as_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
-    words: list[str | tuple[int, ...]] = []
-    for word in (value,) if isinstance(value, str) else _as_tuple(name, value):
-        if isinstance(word, Integral):
-            raise TypeError(
-                f"{name} holds the number {word}; it must hold strings or lists of token ids (suppress_tokens takes single ids)"
-            )
-        if isinstance(word, str):
-            _check_text(name, word)
-        words.append(word if isinstance(word, str) else _as_ids(name, word))
-        if not words[-1]:
-            raise ValueError(f"{name} holds {word!r}; a word must have at least one character or token id")
-    return tuple(words)
-
-
-def _as_bias(name: str, value: Any) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} is {value!r}; it must be a mapping of token ids to numbers")
-    allowed = f"a number from {-FLOAT_LIMIT:g} to {FLOAT_LIMIT:g}, or -inf (never drawn)"
-    for token, bias in value.items():
-        _check_int(f"{name}, a token id,", token, 0)
-        _check_number(f"{name}[{token}]", bias, allowed)
-        if not (-FLOAT_LIMIT <= bias <= FLOAT_LIMIT or bias == -math.inf):
-            raise ValueError(f"{name}[{token}] is {bias}; it must be {allowed}")
-    return {int(token): float(bias) for token, bias in value.items()}
-
-
-def _as_schema(name: str, value: Any) -> str:
-    """A JSON schema as JSON text; that of any JSON is ``{}``."""
-    schema = value
-    if isinstance(value, str):
-        try:
-            schema = json.loads(value)
-        except ValueError as error:
-            raise ValueError(f"{name} is {value!r:.60}, which is not JSON: {error}") from None
-    if schema is not True and not isinstance(schema, dict):
-        raise (ValueError if isinstance(value, (str, bool)) else TypeError)(
-            f"{name} is {value!r:.60}; it must be a dict, JSON text of an object, or True (any JSON)"
-        )
-    try:
-        return json.dumps({} if schema is True else schema, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be written as JSON: {error}") from None

@@ -1,11 +1,11 @@
-"""One sequence being decoded."""
+"""Sequences being decoded: requests, and the beams of one."""
 
 from __future__ import annotations
 
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,14 +40,77 @@ class History:
             self.counts.append(0)
         self.counts[place] += 1
 
+    def copy(self) -> History:
+        twin = object.__new__(History)
+        twin.tokens, twin.counts, twin._place = self.tokens[:], self.counts[:], dict(self._place)
+        return twin
 
-@dataclass(eq=False)
-class Request:
-    """A sequence and its progress.
+
+class TokenSequence:
+    """Tokens and their progress.
 
     The one rule of progress: ``num_computed`` of its ``tokens`` are in the cache and all of them are wanted there. Prefill, chunked
     prefill, decode and resuming after preemption are the same subtraction. A step that computes the last of them draws the next token.
     """
+
+    prompt: list[int]
+    params: SamplingParams
+    end_token_ids: frozenset[int]
+    controls: Any  # decode.controls.Controls
+    tokens: list[int]
+    num_computed: int
+    block_table: list[int]
+    history: History | None
+    matcher: Any
+
+    @property
+    def num_new_tokens(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens not yet in the cache."""
+        return len(self.tokens) - self.num_computed
+
+
+class Beam(TokenSequence):
+    """One of the sequences that a beam search holds at a time.
+
+    Args:
+        request: whose beam it is.
+        group: in which of the request's searches (``num_beam_groups``).
+    """
+
+    def __init__(self, request: Request, group: int) -> None:
+        self.request = request
+        self.group = group
+        self.prompt, self.params, self.controls, self.end_token_ids = (
+            request.prompt, request.params, request.controls, request.end_token_ids
+        )  # fmt: skip
+        self.tokens = list(request.prompt)
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.history = None if request.history is None else request.history.copy()
+        self.matcher = None if request.matcher is None else request.matcher.copy()
+        self.drawn: list[Drawn] = []
+        self.score = 0.0  # the sum of its tokens' processed log-probabilities, in float32
+        self.perturbed: float | None = None  # stochastic beams: the score with noise, which they are ranked by; None before the first token
+        self.noise_key = request.stream  # stochastic beams: what its noise follows from
+
+    def child(self, drawn: Drawn, score: float) -> Beam:
+        """The beam that goes on from this one with one more token; its blocks and its matcher's place are the caller's to set."""
+        twin = object.__new__(Beam)
+        twin.__dict__.update(self.__dict__)
+        twin.tokens, twin.drawn, twin.score = [*self.tokens, drawn.token], [*self.drawn, drawn], score
+        if self.history is not None:
+            twin.history = self.history.copy()
+            twin.history.add(drawn.token)
+        return twin
+
+
+@dataclass(eq=False)
+class Request(TokenSequence):
+    """One request: itself a sequence, or a beam search over several."""
 
     prompt: list[int]
     params: SamplingParams
@@ -66,10 +129,15 @@ class Request:
     tokens: list[int] = field(init=False)
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    drawn: list[Drawn] = field(default_factory=list)  # the new tokens
+    drawn: list[Drawn] = field(default_factory=list)  # the new tokens; of a beam search those that have settled
+    beams: list[Beam] = field(default_factory=list)  # of a beam search; all are equally long
+    searches: list[Any] = field(default_factory=list)  # decode.beam.BeamSearch of each beam group; none: no beam search
+    num_beams: int = 1
+    shared: int = 0  # so many tokens of all beams are computed once, by the first, before the others join; 0: they have joined
     history: History | None = None  # kept only under a penalty
     events: deque[StreamEvent] = field(default_factory=deque)  # where its progress goes; the requests of one call share it
-    output: RequestOutput | None = None
+    outputs: list[RequestOutput] = field(default_factory=list)  # when it has finished: one, or those of a beam search, best first
+    peak_blocks: int = 0
     num_preemptions: int = 0
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
@@ -82,53 +150,86 @@ class Request:
             self.history = History(())  # these look at the output alone
 
     @property
-    def num_new_tokens(self) -> int:
-        return len(self.tokens) - len(self.prompt)
+    def sequences(self) -> Sequence[TokenSequence]:
+        """What is computed for it."""
+        return self.beams if self.searches else (self,)
 
     @property
-    def num_missing(self) -> int:
-        """Tokens not yet in the cache."""
-        return len(self.tokens) - self.num_computed
+    def seats(self) -> int:
+        """Sequences that it may have at once, its followers' not counted."""
+        return self.num_beams
 
     @property
     def finished(self) -> bool:
-        return self.output is not None
+        return bool(self.outputs)
+
+    @property
+    def num_outputs(self) -> int:
+        """How many it will have."""
+        return self.params.num_return_sequences if self.searches else 1
+
+    def restart(self) -> None:
+        """Nothing of it is in the cache any more (its blocks are the caller's to free). Beams will share what they have in common."""
+        for sequence in self.sequences:
+            sequence.num_computed = 0
+        self.shared = 0
+        if len(self.beams) > 1:
+            first, *others = (beam.tokens for beam in self.beams)
+            longest = len(first) - 1  # each computes its last token, which the next one is drawn from
+            self.shared = next((i for i in range(longest) if any(tokens[i] != first[i] for tokens in others)), longest)
 
     def append(self, drawn: Drawn) -> None:
         self.tokens.append(drawn.token)
         self.drawn.append(drawn)
         if self.history is not None:
             self.history.add(drawn.token)
+        self.note_first_token()
+
+    def note_first_token(self) -> None:
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
 
     def finish(
-        self, reason: FinishReason, *, text: str | None, stop_reason: int | str | None = None, error: str | None = None
+        self,
+        reason: FinishReason,
+        *,
+        text: str | None,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        drawn: list[Drawn] | None = None,
+        beam_score: float | None = None,
+        score: float | None = None,
     ) -> RequestOutput:
-        logprobs = [drawn.logprob for drawn in self.drawn]
+        """Add an output: of the request's own tokens, or of those ``drawn``, with their scores, by a beam search."""
+        drawn = self.drawn if drawn is None else drawn
+        logprobs = [d.logprob for d in drawn]
         top = self.params.logprobs > 0
-        self.output = RequestOutput(
+        output = RequestOutput(
             prompt_index=self.prompt_index,
-            index=self.index,
+            index=self.index + len(self.outputs),
             prompt_token_ids=self.prompt,
-            token_ids=self.tokens[len(self.prompt) :],
+            token_ids=[d.token for d in drawn],
             text=text,
             finish_reason=reason,
             stop_reason=stop_reason,
             error=error,
             logprobs=logprobs,
-            processed_logprobs=[drawn.processed_logprob for drawn in self.drawn],
-            top_logprobs=[drawn.top or {} for drawn in self.drawn] if top else None,
-            processed_top_logprobs=[drawn.processed_top or {} for drawn in self.drawn] if top else None,
+            processed_logprobs=[d.processed_logprob for d in drawn],
+            top_logprobs=[d.top or {} for d in drawn] if top else None,
+            processed_top_logprobs=[d.processed_top or {} for d in drawn] if top else None,
             cumulative_logprob=sum(logprobs),
             seed=self.seed,
             stream=self.stream,
             metrics=RequestMetrics(
                 num_prompt_tokens=len(self.prompt),
-                num_new_tokens=self.num_new_tokens,
+                num_new_tokens=len(drawn),
                 num_preemptions=self.num_preemptions,
                 time_to_first_token=None if self.first_token_at is None else self.first_token_at - self.submitted_at,
                 total_time=time.perf_counter() - self.submitted_at,
+                peak_blocks=self.peak_blocks,
             ),
+            beam_score=beam_score,
+            score=score,
         )
-        return self.output
+        self.outputs.append(output)
+        return output

@@ -37,21 +37,18 @@ class Runner:
         slots: list[int] = []
         query_start = [0]
         context_len: list[int] = []
-        logit_rows: list[int] = []
         size = self.block_size
-        width = max(len(s.request.block_table) for s in plan.sequences)
+        width = max(len(s.sequence.block_table) for s in plan.sequences)
         tables: list[list[int]] = []
-        for sequence in plan.sequences:
-            request, start, end = sequence.request, sequence.start, sequence.start + sequence.num_tokens
-            table = request.block_table
-            tokens += request.tokens[start:end]
+        for scheduled in plan.sequences:
+            start, end = scheduled.start, scheduled.start + scheduled.num_tokens
+            table = scheduled.sequence.block_table
+            tokens += scheduled.sequence.tokens[start:end]
             positions += range(start, end)
             slots += [table[i // size] * size + i % size for i in range(start, end)]
             query_start.append(len(tokens))
             context_len.append(end)
             tables.append(table + [0] * (width - len(table)))
-            # Followers draw from the leader's row of logits: the same index once more for each.
-            logit_rows += [len(tokens) - 1] * len(sequence.rows)
         return StepBatch(
             tokens=torch.tensor(tokens, dtype=torch.int32),
             positions=torch.tensor(positions, dtype=torch.int32),
@@ -59,5 +56,6 @@ class Runner:
             query_start=torch.tensor(query_start, dtype=torch.int32),
             context_len=torch.tensor(context_len, dtype=torch.int32),
             block_table=torch.tensor(tables, dtype=torch.int32),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+            # Followers draw from the leader's row of logits: the same index once more for each.
+            logit_rows=torch.tensor([query_start[i + 1] - 1 for _, i in plan.rows], dtype=torch.int64),
         )

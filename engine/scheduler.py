@@ -1,7 +1,8 @@
 """Who computes how many tokens in the next step: budgets in, plan out. No tensors.
 
 Requests are served in the order they came. A running request keeps its blocks until it finishes or is preempted; when the pool runs dry the
-youngest running request is preempted (its blocks freed, its tokens recomputed later), so the oldest always makes progress.
+youngest running request is preempted (its blocks freed, its tokens recomputed later), so the oldest always makes progress. A beam search is
+one request with several sequences: they are computed, preempted and resumed together, and what they have in common is computed once.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from .blocks import BlockPool
-from .request import Request
+from .request import Beam, Request, TokenSequence
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """``num_tokens`` query tokens of ``request`` from ``start`` on; each of ``rows`` draws a token from the last one's logits."""
+    """``num_tokens`` query tokens of ``sequence`` from ``start`` on; each of ``rows`` goes on from the last one's logits."""
 
     request: Request
+    sequence: TokenSequence  # the request itself, or one of its beams
     start: int
     num_tokens: int
-    rows: tuple[Request, ...]
+    rows: tuple[TokenSequence, ...]
 
 
 @dataclass
@@ -29,9 +31,10 @@ class StepPlan:
     copies: list[tuple[int, int]] = field(default_factory=list)  # block copies to carry out first (copy-on-write)
 
     @property
-    def rows(self) -> list[Request]:
-        """The requests that draw a token in this step, in the order of the rows of logits."""
-        return [request for sequence in self.sequences for request in sequence.rows]
+    def rows(self) -> list[tuple[TokenSequence, int]]:
+        """Who goes on from this step, and the index of its scheduled sequence, in the order of the rows of logits: beams come last."""
+        rows = [(row, i) for i, scheduled in enumerate(self.sequences) for row in scheduled.rows]
+        return sorted(rows, key=lambda row: isinstance(row[0], Beam))  # stable
 
 
 class Scheduler:
@@ -61,20 +64,24 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def admissible(self, num_prompt_tokens: int, max_new_tokens: int) -> str | None:
+    def admissible(self, num_prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> str | None:
         """None if such a request can ever run here, else one sentence saying why not."""
-        # The last token drawn is never written to the cache.
-        needed = self.pool.blocks_for(num_prompt_tokens + max_new_tokens - 1)
+        if num_beams > self.max_batch_size:
+            return f"num_beams is {num_beams}; max_batch_size allows {self.max_batch_size} sequences at once"
+        # The last token drawn is never written to the cache. Beams share the full blocks of the prompt at least.
+        shared = num_prompt_tokens // self.pool.block_size
+        needed = shared + num_beams * (self.pool.blocks_for(num_prompt_tokens + max_new_tokens - 1) - shared)
         if needed > self.pool.num_blocks:
+            beams = f", num_beams {num_beams}," if num_beams > 1 else ""
             return (
-                f"prompt of {num_prompt_tokens} tokens + max_new_tokens {max_new_tokens} needs {needed} cache blocks of "
+                f"prompt of {num_prompt_tokens} tokens + max_new_tokens {max_new_tokens}{beams} needs {needed} cache blocks of "
                 f"{self.pool.block_size} tokens; the whole cache has {self.pool.num_blocks}"
             )
         return None
 
     def add(self, request: Request) -> None:
         """Queue a request with its followers, ``max_batch_size`` in all at most. The caller has asked ``admissible``."""
-        assert 1 + len(request.followers) <= self.max_batch_size
+        assert request.seats + len(request.followers) <= self.max_batch_size
         self.waiting.append(request)
 
     def plan(self) -> StepPlan:
@@ -83,42 +90,68 @@ class Scheduler:
         position = 0
         while position < len(self.running):
             request = self.running[position]
-            behind = len(self.running) - position - 1  # each of these is owed one token of the budget
-            num_tokens = min(request.num_missing, self.prefill_chunk, budget - behind)
-            if not self._make_room(request, num_tokens):
+            # Each sequence behind is owed one token of the budget.
+            shares = self._shares(request, budget - sum(len(r.sequences) for r in self.running[position + 1 :]))
+            if not self._make_room(request, shares):
                 break  # request was the youngest and has been preempted itself; nobody is behind it
-            self._schedule(plan, request, num_tokens)
-            budget -= num_tokens
+            budget -= self._schedule(plan, request, shares)
             position += 1
-        while self.waiting and budget > 0:
+        while self.waiting:
             request = self.waiting[0]
-            if self._seats() + 1 + len(request.followers) > self.max_batch_size:
+            if budget < len(request.sequences) or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
                 break
-            num_tokens = min(request.num_missing, self.prefill_chunk, budget)
             # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
-            if self.pool.blocks_for(len(request.tokens)) > self.pool.num_free:
+            if self._blocks_wanted(request) > self.pool.num_free:
                 break
             self.running.append(self.waiting.popleft())
-            self._schedule(plan, request, num_tokens)
-            budget -= num_tokens
+            budget -= self._schedule(plan, request, self._shares(request, budget))
         return plan
 
     def _seats(self) -> int:
-        """Places in the batch that are taken, those of followers about to join included."""
-        return sum(1 + len(request.followers) for request in self.running)
+        """Places in the batch that are taken, those of followers about to join and of beams to come included."""
+        return sum(request.seats + len(request.followers) for request in self.running)
 
-    def _schedule(self, plan: StepPlan, request: Request, num_tokens: int) -> None:
-        assert num_tokens >= 1, "a sequence is scheduled without a token to compute"
-        start = request.num_computed
-        plan.copies += self.pool.prepare(request.block_table, start, start + num_tokens)
-        complete = num_tokens == request.num_missing
-        rows = (request, *request.followers) if complete else ()
-        plan.sequences.append(ScheduledSequence(request, start, num_tokens, rows))
+    def _blocks_wanted(self, request: Request) -> int:
+        """Blocks for all that a waiting request has."""
+        sequences = request.sequences
+        shared = request.shared // self.pool.block_size
+        return shared + len(sequences) * (self.pool.blocks_for(len(sequences[0].tokens)) - shared)
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Preempt the youngest until ``request`` can write ``num_tokens`` more; False if it had to be preempted itself."""
-        start = request.num_computed
-        while self.pool.new_blocks(request.block_table, start, start + num_tokens) > self.pool.num_free:
+    def _shares(self, request: Request, budget: int) -> list[tuple[TokenSequence, int]]:
+        """How many tokens each sequence of a request computes next, at most ``budget`` in all, which is one for each at least.
+
+        Beams compute their last tokens in one step, for they are chosen from together.
+        """
+        sequences = request.sequences
+        if request.shared:
+            first = sequences[0]
+            return [(first, min(request.shared - first.num_computed, self.prefill_chunk, budget))]
+        missing = [sequence.num_missing for sequence in sequences]
+        if len(missing) == 1 or (sum(missing) <= budget and max(missing) <= self.prefill_chunk):
+            return [(sequence, min(n, self.prefill_chunk, budget)) for sequence, n in zip(sequences, missing, strict=True)]
+        shares = []
+        for sequence, n in zip(sequences, missing, strict=True):
+            share = min(n - 1, self.prefill_chunk, budget)
+            if share:
+                shares.append((sequence, share))
+                budget -= share
+        return shares
+
+    def _schedule(self, plan: StepPlan, request: Request, shares: list[tuple[TokenSequence, int]]) -> int:
+        """Add to the plan; returns how many tokens."""
+        assert shares and all(n >= 1 for _, n in shares), "a request is scheduled without a token to compute"
+        for sequence, n in shares:
+            start = sequence.num_computed
+            plan.copies += self.pool.prepare(sequence.block_table, start, start + n)
+            complete = n == sequence.num_missing
+            rows = (sequence, *request.followers) if complete else ()
+            plan.sequences.append(ScheduledSequence(request, sequence, start, n, rows))
+        return sum(n for _, n in shares)
+
+    def _make_room(self, request: Request, shares: list[tuple[TokenSequence, int]]) -> bool:
+        """Preempt the youngest until ``request`` can write its ``shares``; False if it had to be preempted itself."""
+        writes = [(s.block_table, s.num_computed, s.num_computed + n) for s, n in shares]
+        while self.pool.new_blocks(writes) > self.pool.num_free:
             victim = self.running.pop()
             self._preempt(victim)
             if victim is request:
@@ -126,17 +159,24 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        request.num_computed = 0
+        for sequence in request.sequences:
+            self.pool.release(sequence.block_table)
+        request.restart()
         request.num_preemptions += 1
         self.waiting.appendleft(request)
 
     def commit(self, plan: StepPlan) -> None:
-        """Record that a plan has been run: its tokens are in the cache, and followers have joined."""
-        for sequence in plan.sequences:
-            request = sequence.request
-            request.num_computed = sequence.start + sequence.num_tokens
-            if sequence.rows and request.followers:
+        """Record that a plan has been run: its tokens are in the cache, and followers and beams have joined."""
+        for scheduled in plan.sequences:
+            request, sequence = scheduled.request, scheduled.sequence
+            sequence.num_computed = scheduled.start + scheduled.num_tokens
+            if sequence.num_computed == request.shared:
+                for beam in request.beams[1:]:
+                    beam.block_table = self.pool.fork(sequence.block_table)
+                    beam.num_computed = sequence.num_computed
+                request.shared = 0
+            request.peak_blocks = max(request.peak_blocks, len({block for s in request.sequences for block in s.block_table}))
+            if scheduled.rows and request.followers:
                 for follower in request.followers:
                     follower.block_table = self.pool.fork(request.block_table)
                     follower.num_computed = request.num_computed
@@ -161,7 +201,8 @@ class Scheduler:
             for leader in (*self.running, *self.waiting):
                 if request in leader.followers:
                     leader.followers.remove(request)
-        self.pool.release(request.block_table)
+        for sequence in request.sequences:
+            self.pool.release(sequence.block_table)
         if request.followers:
             heir, *request.followers[:] = request.followers
             heir.followers, request.followers = request.followers, []
@@ -171,8 +212,13 @@ class Scheduler:
         """Assert the invariants of queues and pool; for tests, after any step."""
         requests = (*self.running, *self.waiting)
         assert len({id(r) for r in requests}) == len(requests), "a request is queued twice"
-        assert all(not r.block_table and r.num_computed == 0 for r in self.waiting), "a waiting request holds blocks"
-        assert self._seats() <= self.max_batch_size, "more sequences run than the batch holds"
-        for r in self.running:
-            assert r.num_computed <= len(r.tokens) and len(r.block_table) >= self.pool.blocks_for(r.num_computed)
-        self.pool.check(r.block_table for r in requests)
+        waiting = [s for r in self.waiting for s in r.sequences]
+        running = [s for r in self.running for s in r.sequences]
+        assert all(not s.block_table and s.num_computed == 0 for s in waiting), "a waiting request holds blocks"
+        assert len(running) <= self._seats() <= self.max_batch_size, "more sequences run than the batch holds"
+        for s in running:
+            assert s.num_computed <= len(s.tokens) and len(s.block_table) >= self.pool.blocks_for(s.num_computed)
+        for r in requests:
+            assert len({len(s.tokens) for s in r.sequences}) == 1, "beams of one request are not equally long"
+            assert not r.searches or not r.block_table, "a beam search holds blocks besides its beams'"
+        self.pool.check(s.block_table for s in running)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..params import SamplingParams
-from ..request import Request
+from ..request import TokenSequence
 
 
 class Controls:
@@ -43,6 +43,7 @@ class Controls:
         self.min_position = num_prompt_tokens + params.min_new_tokens
         self.end_tokens = array("i", sorted(end_token_ids))
         self.allowed = None if params.allowed_token_ids is None else token_mask(params.allowed_token_ids, vocab_size)
+        self._prefix = [token_mask([token], vocab_size) for token in params.prefix_token_ids]
 
         self.processors = params.logits_processor
         assert isinstance(self.processors, tuple)  # SamplingParams has made one of what it was given
@@ -56,18 +57,50 @@ class Controls:
             else:
                 self._bias[last] = -math.inf
         self._bias_columns = array("i", self._bias), array("f", self._bias.values())
+        self._ngram_size = params.no_repeat_ngram_size
 
-    def bias(self, tokens: list[int]) -> tuple[array[int], array[float]]:
-        """Distinct ids and what is added to their logits after ``tokens``."""
-        banned = {
-            last
-            for before, last in self._words.get(tokens[-1], ())
-            if self._bias.get(last) != -math.inf and tokens[-len(before) :] == before
-        }
-        if not banned:
+    def bias(self, tokens: list[int], penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
+        """Distinct ids and what is added to their logits after ``tokens``; ``penalised``: what is subtracted from some besides."""
+        banned = {last for before, last in self._words.get(tokens[-1], ()) if tokens[-len(before) :] == before}
+        if self._ngram_size is not None:
+            banned |= ngram_ends(tokens, self._ngram_size)
+        if not banned and not penalised:
             return self._bias_columns
-        bias = {**self._bias, **dict.fromkeys(banned, -math.inf)}
+        bias = dict(self._bias)
+        for token, penalty in penalised.items():
+            bias[token] = bias.get(token, 0.0) - penalty
+        bias |= dict.fromkeys(banned, -math.inf)
         return array("i", bias), array("f", bias.values())
+
+    def allowed_next(self, num_new_tokens: int) -> Tensor | None:
+        """The bits of the tokens that may come after so many new ones, int32 ``[ceil(V / 32)]``; None: all."""
+        if num_new_tokens >= len(self._prefix):
+            return self.allowed
+        forced = self._prefix[num_new_tokens]
+        return forced if self.allowed is None else forced & self.allowed
+
+    @property
+    def plain(self) -> bool:
+        """Nothing changes the log-probabilities of the model, but to -inf."""
+        neutral = (self.temperature, self.repetition, self.presence, self.frequency) == (1.0, 1.0, 0.0, 0.0)
+        return neutral and self.top_k == 0 and not self.processors and all(bias == -math.inf for bias in self._bias.values())
+
+
+def ngram_ends(tokens: list[int], size: int) -> set[int]:
+    """The tokens that after ``tokens`` would complete a run of ``size`` that they hold already."""
+    if size == 1:
+        return set(tokens)
+    before = tokens[len(tokens) - size + 1 :] if len(tokens) >= size else [-1]
+    ends: set[int] = set()
+    at = size - 2
+    while True:
+        try:
+            at = tokens.index(before[-1], at, len(tokens) - 1)
+        except ValueError:
+            return ends
+        if tokens[at - size + 2 : at + 1] == before:
+            ends.add(tokens[at + 1])
+        at += 1
 
 
 def token_mask(token_ids: Iterable[int], vocab_size: int) -> Tensor:
@@ -78,7 +111,7 @@ def token_mask(token_ids: Iterable[int], vocab_size: int) -> Tensor:
     return words.to(torch.int32)  # keeps the low 32 bits
 
 
-def forbidding(request: Request) -> list[str]:
+def forbidding(request: TokenSequence) -> list[str]:
     """The options of a request that may rule tokens out at its next position."""
     params = request.params
     words: dict[str, bool] = {
@@ -88,5 +121,7 @@ def forbidding(request: Request) -> list[str]:
         "bad_words": bool(params.bad_words),
         "min_new_tokens": request.num_new_tokens < params.min_new_tokens and bool(request.end_token_ids),
         "allowed_token_ids": params.allowed_token_ids is not None,
+        "no_repeat_ngram_size": params.no_repeat_ngram_size is not None,
+        "prefix_token_ids": request.num_new_tokens < len(params.prefix_token_ids),
     }
     return [name for name, given in words.items() if given] + ([params.structure[0]] if params.structure else [])

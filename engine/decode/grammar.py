@@ -143,4 +143,6 @@ class Grammars:
 
 
 def _one_line(reason: str) -> str:
-    return " ".join(reason.split())[:300]
+    """The library's reason without its marks, on one line."""
+    reason = " ".join(reason.replace("<non-verbose/>", "").split())[:300]
+    return "no text can satisfy it" if reason == "NoExtensionBias" else reason

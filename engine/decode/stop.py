@@ -68,6 +68,10 @@ class TextState:
         self._settled, self._pending = self._pending, []
         return self._emit(piece, last=False)
 
+    def anew(self) -> TextState:
+        """A state at the beginning of other tokens, without stop strings."""
+        return TextState(self._decode, ())
+
     def flush(self) -> tuple[str, str | None]:
         """The rest of the text when no more tokens follow; a stop string may yet appear in it."""
         return self._emit(self._new_text() if self._pending else "", last=True)

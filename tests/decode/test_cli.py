@@ -55,6 +55,24 @@ def test_every_control_has_its_option(capsys):
         assert all(f"{token} " in line and f" {logprob:.3f}" in line for token, logprob in expected.top_logprobs[i].items())
 
 
+def test_beams(capsys):
+    arguments = ["--num-beams", "4", "--length-penalty", "0.5", "--early-stopping", "never", "--no-repeat-ngram-size", "3"]
+    assert main(["generate", "import os\n", *arguments, "--num-return-sequences", "2", "--max-new-tokens", "9"]) == 0
+    outputs = Decoder.bundled(cache_tokens=1024).generate(
+        "import os\n",
+        num_beams=4,
+        length_penalty=0.5,
+        early_stopping="never",
+        no_repeat_ngram_size=3,
+        num_return_sequences=2,
+        max_new_tokens=9,
+    )
+    expected = "".join(f"--- prompt 0, sequence {o.index} (score {o.score:.3f}) ---\nimport os\n{o.text}\n" for o in outputs)
+    assert capsys.readouterr().out == expected + "\n"
+    assert main(["generate", "import os\n", "--num-beams", "4", "--early-stopping", "sometimes"]) == 2
+    assert "early_stopping is 'sometimes'; it must be True, False or 'never'" in capsys.readouterr().err
+
+
 def test_structured_output_from_text_or_file(tmp_path, capsys):
     pytest.importorskip("llguidance")
     schema = '{"enum": ["left", "right"]}'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from models.origin_model import OriginConfig, Transformer
@@ -94,9 +96,57 @@ def test_draws_have_the_origins_distribution(model, decoder):
     assert chisquare(counts[kept].numpy(), (expected / expected.sum() * n).numpy()).pvalue > 1e-6
 
 
+def test_beams_of_the_origins_rule_equal_the_origins(model, decoder):
+    """Token for token, its quirks included: it writes past the stop token, and temperature 0 makes beams greedy."""
+    rng, past, ended = random.Random(0), 0, 0
+    for _ in range(12):
+        ids = torch.tensor([[rng.randrange(64) for _ in range(rng.randint(1, 20))]])
+        options = {"max_new_tokens": 16, "temperature": rng.choice([1.0, 2.0, 4.0, 0.0]), "top_k": rng.choice([None, 1, 3, 20])}
+        options["num_beams"] = rng.choice([2, 3, 5])
+        free = model.generate_super(ids, **options)[0].tolist()
+        for stop in {None, *free}:
+            ours = decoder.generate_super(ids, stop, compat="origin", **options)[0].tolist()
+            assert ours == model.generate_super(ids, stop, **options)[0].tolist(), (ids, stop, options)
+            past += stop in ours[:-1]
+            ended += ours[-1] == stop and len(ours) < 16
+    assert past > 3 and ended > 3, (past, ended)
+
+
+def test_beams_repaired(model, decoder):
+    """In batches, with padding; ended beams are kept, and go on no more; temperature and top-k shape each beam."""
+    prompts = [[5, 6, 7], [9], [3, 3]]
+    ids, mask = torch.tensor([[5, 6, 7], [0, 0, 9], [0, 3, 3]]), torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]])
+    stop = origin_greedy(model, prompts[0], 5)[3]
+    for more in ({}, {"temperature": 0.7, "top_k": 5}, {"temperature": 3.0}, {"temperature": 0.0}):
+        out = decoder.generate_super(ids, stop_id=stop, max_new_tokens=12, num_beams=4, attention_mask=mask, pad_token_id=1, **more)
+        for prompt, row in zip(prompts, out.tolist(), strict=True):
+            best = decoder.generate(
+                prompt, num_beams=4, length_penalty=0.0, max_new_tokens=12, eos_token_id=stop,
+                **{**more, "temperature": more.get("temperature") or None},
+            )[0]  # fmt: skip
+            assert row[: len(best.token_ids)] == best.token_ids and set(row[len(best.token_ids) :]) <= {1}
+            assert stop not in best.token_ids[:-1]
+    assert torch.equal(
+        decoder.generate_super(ids, max_new_tokens=9, num_beams=4, temperature=0.0, attention_mask=mask),
+        decoder.generate_super(ids, max_new_tokens=9, num_beams=4, attention_mask=mask),
+    )
+
+
+def test_beams_that_are_drawn_repeat_with_the_seed(decoder):
+    results = []
+    for seed in (1, 1, 2, 3):
+        torch.manual_seed(seed)
+        results.append(decoder.generate_super(torch.tensor([[5, 6]]), max_new_tokens=12, do_sample=True, num_beams=3).tolist())
+    assert results[0] == results[1] and len(set(map(str, results))) > 1
+
+
 def test_what_it_refuses(decoder):
     ids = torch.tensor([[5, 6]])
-    with pytest.raises(ValueError, match="num_beams is 4; beam search is not yet available"):
-        decoder.generate_super(ids, num_beams=4)
+    with pytest.raises(ValueError, match="num_beams is 65; it must be at most the model's vocabulary of 64"):
+        decoder.generate_super(ids, max_new_tokens=9, num_beams=65)
+    with pytest.raises(TypeError, match="num_beams is 2.5; it must be an integer"):
+        decoder.generate_super(ids, max_new_tokens=9, num_beams=2.5)
+    with pytest.raises(ValueError, match="compat is 'hf'; it must be None or 'origin'"):
+        decoder.generate_super(ids, max_new_tokens=9, num_beams=2, compat="hf")
     with pytest.raises(ValueError, match="max_new_tokens is 200; after the 2 tokens of prompt 0 the model's length of 128 allows 126"):
         decoder.generate_super(ids, max_new_tokens=200)

@@ -87,7 +87,18 @@ def fail_late(token_ids, logits):
     return fail(token_ids, logits) if len(token_ids) == 7 else logits
 
 
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no message")
+
+
+def fail_speechlessly(token_ids, logits):
+    raise Speechless
+
+
 FAILURES = [
+    (fail_speechlessly, 0, "logits_processor raised Speechless at position 3: (without a message)"),
+    (lambda t, x: x.to_sparse(), 0, "logits_processor returned a torch.sparse_coo tensor at position 3; it must be a dense one"),
     (fail, 0, "logits_processor raised RuntimeError at position 3: no way"),
     (fail_late, 4, "logits_processor raised RuntimeError at position 7: no way"),
     (lambda t, x: None, 0, "logits_processor returned a NoneType at position 3; it must return a tensor"),
@@ -118,6 +129,18 @@ def test_a_failure_ends_its_request_alone(decoder, processor, length: int, error
         assert len(output.token_ids) == length and bad.token_ids == alone.token_ids[:length]
     for output in (first, second):
         assert (output.token_ids, output.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+def test_one_must_not_call_its_own_decoder(decoder):
+    bad, good = decoder.generate(
+        [PROMPT] * 2,
+        params=[
+            SamplingParams(**OPTIONS, logits_processor=lambda t, x: decoder.generate(PROMPT, max_new_tokens=1) and x),
+            SamplingParams(**OPTIONS),
+        ],
+    )
+    assert "a logits_processor must not call its own decoder" in bad.error
+    assert good.token_ids == decoder.generate(PROMPT, **OPTIONS)[0].token_ids
 
 
 def test_an_interrupt_in_one_is_no_failure_of_the_request(decoder):

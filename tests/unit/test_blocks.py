@@ -46,7 +46,7 @@ def test_fork_copies_only_the_block_that_is_written():
     pool.prepare(parent, 0, 20)
     child = pool.fork(parent)
     assert pool.num_free == 6
-    assert pool.new_blocks(child, 20, 21) == 1
+    assert pool.new_blocks([(child, 20, 21)]) == 1
     copies = pool.prepare(child, 20, 21)
     assert copies == [(parent[1], child[1])]
     assert child[0] == parent[0] and child[1] != parent[1]
@@ -89,7 +89,7 @@ def test_random_use_never_mixes_up_contents(seed: int):
             table, contents = rng.choice(live)
             count = rng.randint(1, 40)
             start, end = len(contents), len(contents) + count
-            if pool.new_blocks(table, start, end) > pool.num_free:
+            if pool.new_blocks([(table, start, end)]) > pool.num_free:
                 continue
             for source, destination in pool.prepare(table, start, end):
                 memory[destination] = list(memory[source])
@@ -115,3 +115,23 @@ def test_random_use_never_mixes_up_contents(seed: int):
         pool.release(table)
     pool.check([])
     assert pool.num_free == pool.num_blocks
+
+
+def test_permuted_tables_share_pass_on_and_drop():
+    pool = BlockPool(10, 16)
+    tables: list[list[int]] = [[], [], []]
+    for table in tables:
+        pool.prepare(table, 0, 20)
+    first, second = list(tables[0]), list(tables[2])
+    tables = pool.permute(tables, [2, 0, 2])
+    assert tables == [second, first, second] and pool.num_free == 10 - 4
+    pool.check(tables)
+    # Two write to the same last block: the first copies it, the second has it to itself then.
+    writes = [(table, 20, 21) for table in tables]
+    assert pool.new_blocks(writes) == 1
+    copies = [copy for table, start, end in writes for copy in pool.prepare(table, start, end)]
+    assert len(copies) == 1 and pool.num_free == 10 - 5
+    pool.check(tables)
+    for table in pool.permute(tables, [1]):
+        pool.release(table)
+    assert pool.num_free == 10

@@ -20,11 +20,14 @@ LAYERS = (
     ("engine.admission", "engine.decode", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
     ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer", "engine.verify"),
+    ("engine.option_checks",),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
 NEVER = {
-    **dict.fromkeys(("engine.blocks", "engine.outputs", "engine.params", "engine.request", "engine.scheduler"), ("torch",)),
+    **dict.fromkeys(
+        ("engine.blocks", "engine.option_checks", "engine.outputs", "engine.params", "engine.request", "engine.scheduler"), ("torch",)
+    ),
     "engine.kernels": ("engine",),  # but for itself
     "engine.models": ("engine.decoder", "engine.runner", "engine.scheduler"),
 }

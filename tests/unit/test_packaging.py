@@ -54,7 +54,7 @@ from engine import kernels
 from engine.kernels import api, registry
 x = torch.arange(4.0)[None]
 assert torch.equal(api.linear(x, [torch.eye(4)]), x)
-print(registry.default_ops(torch.device("cpu")).chosen["linear"])
+print(registry.select("cpu").chosen["linear"])
 print(kernels.backends()["cpu"])
 """,
         ENGINE_KERNELS="reference",

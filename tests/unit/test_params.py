@@ -139,6 +139,8 @@ def test_other_engines_names_are_known():
         ("bad_words_ids", [[5, 6]], "bad_words", ((5, 6),)),
         ("top_logprobs", 4, "logprobs", 4),
         ("logits_processors", [abs], "logits_processor", (abs,)),
+        ("beam_width", 3, "num_beams", 3),
+        ("beam_size", 3, "num_beams", 3),
         ("guided_json", {}, "json_schema", "{}"),
         ("guided_regex", "a", "regex", "a"),
         ("guided_grammar", "start: A", "grammar", "start: A"),

@@ -8,7 +8,7 @@ import pytest
 
 from engine.blocks import BlockPool
 from engine.params import SamplingParams
-from engine.request import Drawn, Request
+from engine.request import Beam, Drawn, Request
 from engine.scheduler import Scheduler, StepPlan
 
 
@@ -22,6 +22,25 @@ def make(prompt_len: int, max_new: int, followers: int = 0) -> Request:
     return requests[0]
 
 
+def make_beams(prompt_len: int, max_new: int, num_beams: int, groups: int = 1) -> Request:
+    request = make(prompt_len, max_new)
+    request.searches = [None] * groups  # what they would be chosen by
+    request.num_beams = num_beams
+    request.beams = [Beam(request, group) for group in range(groups)]
+    request.restart()
+    return request
+
+
+def choose(scheduler: Scheduler, request: Request, rng: random.Random) -> None:
+    """Up to all of its seats go on from random beams."""
+    parents = [rng.choice(request.beams) for _ in range(rng.randint(1, request.num_beams))]
+    places = [request.beams.index(parent) for parent in parents]
+    children = [parent.child(Drawn(rng.randrange(3), 0.0, 0.0), 0.0) for parent in parents]
+    for child, table in zip(children, scheduler.pool.permute([b.block_table for b in request.beams], places), strict=True):
+        child.block_table = table
+    request.beams = children
+
+
 def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | None = None) -> StepPlan:
     """One step without a model: every row draws token 7."""
     plan = scheduler.plan()
@@ -31,7 +50,17 @@ def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | No
     assert all(1 <= s.num_tokens <= scheduler.prefill_chunk for s in plan.sequences)
     scheduler.commit(plan)
     scheduler.check()
-    for request in plan.rows:
+    rows = [row for row, _ in plan.rows]
+    for request in {row.request: None for row in rows if isinstance(row, Beam)}:
+        assert [row for row in rows if isinstance(row, Beam) and row.request is request] == request.beams, "beams go on together"
+        choose(scheduler, request, rng or random.Random(0))
+        scheduler.check()
+        if request.beams[0].num_new_tokens == request.max_new_tokens:
+            request.finish("length", text=None)
+            scheduler.remove(request)
+    for request in rows:
+        if not isinstance(request, Request):
+            continue
         request.append(Drawn(7, 0.0, 0.0))
         if request.num_new_tokens == request.max_new_tokens or (rng is not None and rng.random() < finish_early):
             request.finish("length", text=None)
@@ -70,7 +99,7 @@ def test_a_long_prompt_does_not_stop_the_others():
     scheduler.add(long)
     for _ in range(9):
         plan = run(scheduler)
-        assert short in plan.rows  # a token every step while the long prompt is computed in chunks
+        assert short in [row for row, _ in plan.rows]  # a token every step while the long prompt is computed in chunks
         assert [s.num_tokens for s in plan.sequences] == [1, 31]
 
 
@@ -98,6 +127,37 @@ def test_followers_share_the_prompt_and_copy_only_the_last_block():
     plan = run(scheduler)
     assert len(plan.copies) == 3  # the last to write owns the original
     assert scheduler.pool.num_free == 10 - 2 - 4
+
+
+def test_beams_compute_the_prompt_once_and_resume_together():
+    scheduler = scheduler_of(14, max_batch_tokens=32)
+    rng = random.Random(1)
+    first, beams = make(100, 30), make_beams(40, 30, num_beams=4)
+    scheduler.add(first)
+    scheduler.add(beams)
+    assert scheduler.admissible(40, 30, 4) is None and scheduler.admissible(40, 60, 4) is not None
+    common, recomputed = 0, 0
+    while scheduler.has_work:
+        before = beams.num_preemptions
+        plan = run(scheduler, rng=rng)
+        if beams.num_preemptions > before:
+            common, recomputed = beams.shared, 0
+            wanted = common + sum(len(b.tokens) - common for b in beams.beams)
+        if common and recomputed < wanted:
+            recomputed += sum(s.num_tokens for s in plan.sequences if s.request is beams)
+            assert recomputed <= wanted, "what beams share is computed once"
+    assert first.finished and beams.finished and first.num_preemptions == 0
+    assert beams.num_preemptions > 0 and common >= 40 and recomputed == wanted
+
+
+def test_a_group_takes_all_its_seats():
+    scheduler = scheduler_of(100, max_batch_size=8)
+    for request in (make_beams(3, 5, 6), make(3, 5), make_beams(3, 5, 4), make(3, 5)):
+        scheduler.add(request)
+    plan = run(scheduler)
+    assert len(scheduler.running) == 2 and len(plan.rows) == 2  # 6 + 1 seats; 4 more do not fit, and nobody overtakes
+    while scheduler.has_work:
+        run(scheduler)
 
 
 def test_a_leader_removed_early_passes_its_followers_on():
@@ -128,7 +188,10 @@ def random_schedule(rng: random.Random) -> None:
         action = rng.random()
         if action < 0.35:
             request = make(rng.randint(1, 40), rng.randint(1, 12), followers=rng.choice([0, 0, 0, min(2, size - 1)]))
-            if scheduler.admissible(len(request.prompt), request.max_new_tokens) is None:
+            if size > 1 and rng.random() < 0.4:
+                groups = rng.choice([1, 1, min(2, size // 2) or 1])
+                request = make_beams(rng.randint(1, 40), rng.randint(1, 12), rng.randint(max(2, groups), size), groups)
+            if scheduler.admissible(len(request.prompt), request.max_new_tokens, request.num_beams) is None:
                 scheduler.add(request)
                 everyone += [request, *request.followers]
         elif action < 0.45 and everyone:
@@ -140,6 +203,8 @@ def random_schedule(rng: random.Random) -> None:
             scheduler.preempt_running()
         elif action < 0.6 and scheduler.running:
             request = rng.choice(scheduler.running)  # speculation will take tokens back like this
+            if request.searches:
+                continue
             keep = rng.randint(0, request.num_computed)
             scheduler.pool.truncate(request.block_table, keep)
             request.num_computed = keep
