@@ -258,7 +258,7 @@ def test_logit_bias_equals_transformers_sequence_bias(decoder, llama):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"allowed_token_ids": [5], "suppress_tokens": [5]}, "suppress_tokens and allowed_token_ids leave none with a logit above -inf"),
+        ({"allowed_token_ids": [5], "bad_words": [[5]]}, "bad_words and allowed_token_ids leave none with a logit above -inf"),
         ({"logit_bias": dict.fromkeys(range(101), -math.inf)}, "logit_bias leaves none with a logit above -inf"),
         ({"bad_words": [[6, t] for t in range(101)]}, "bad_words leaves none"),
         ({"allowed_token_ids": [2], "min_new_tokens": 3}, "min_new_tokens and allowed_token_ids leave none"),
