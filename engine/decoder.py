@@ -176,11 +176,12 @@ class Decoder:
         which is included, and is then filled with ``pad_token_id`` (default: ``stop_id``, else the model's, else 0). Prompt and new tokens
         must fit the model's length (the original drops the oldest tokens). Draws follow ``torch.manual_seed``.
 
-        With ``num_beams`` above 1 it gives the best sequence by the plain sum of its log-probabilities, which temperature and ``top_k``
-        shape in each beam. Repaired: beams that end are kept and go on no more (the original writes past the stop token and may lose a
-        better sequence); temperature 0 or below leaves log-probabilities as they are (the original divides by 0.001, which makes beams
-        greedy); with ``do_sample`` the sequence is drawn, the first of stochastic beams. ``compat="origin"`` decides as the original does:
-        nothing is retired, a search ends when its best beam has just ended, temperature 0 is 0.001, and ``do_sample`` ignores beams.
+        ``num_beams`` below 1 is 1, as in the original. Above 1 it gives the best sequence by the plain sum of its log-probabilities, which
+        temperature and ``top_k`` shape in each beam. Repaired: beams that end are kept and go on no more (the original writes past the
+        stop token and may lose a better sequence); temperature 0 or below leaves log-probabilities as they are (the original divides by
+        0.001, which makes beams greedy); with ``do_sample`` the sequence is drawn, the first of stochastic beams. ``compat="origin"``
+        decides as the original does: nothing is retired, a search ends when its best beam has just ended, temperature 0 is 0.001, and
+        ``do_sample`` ignores beams.
         """
         if isinstance(num_beams, bool) or not isinstance(num_beams, int):
             raise TypeError(f"num_beams is {num_beams!r}; it must be an integer")

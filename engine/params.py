@@ -8,7 +8,6 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .option_checks import (
-    FLOAT_LIMIT,
     INT_LIMIT,
     as_bias,
     as_ids,
@@ -278,7 +277,7 @@ class BeamParams(SamplingParams):
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping is {self.early_stopping!r}; it must be True, False or 'never'")
         check_int("num_beam_groups", self.num_beam_groups, 1)
-        check_range("diversity_penalty", self.diversity_penalty, 0, FLOAT_LIMIT)
+        check_range("diversity_penalty", self.diversity_penalty, 0, 1e10)
         if self.num_beams % self.num_beam_groups:
             raise ValueError(f"num_beam_groups is {self.num_beam_groups}; it must divide num_beams, which is {self.num_beams}")
         if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):

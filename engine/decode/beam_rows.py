@@ -17,6 +17,8 @@ from .beam import BeamSearch, Candidate, StochasticBeams, condition, float32, no
 from .grammar import GrammarError
 from .rows import as_int64, failure, lists, process
 
+SCORE_LIMIT = 1e30  # of what `beam_select` takes
+
 
 @dataclass
 class Choice:
@@ -67,7 +69,10 @@ def choose(ops: Ops, logits: Tensor, beams: list[Beam]) -> list[Choice]:
         _turn(ops, part, turn, choices, raw)
     for choice in choices.values():
         if choice.error is None and not choice.going_on and not any(search.finished for search in choice.searches):
-            choice.error = next(iter(choice.failures.values()))
+            position = len(choice.beams[0].tokens)
+            choice.error = next(
+                iter(choice.failures.values()), f"no beam can go on at position {position}: no score is above {-SCORE_LIMIT:g}"
+            )
     return list(choices.values())
 
 
@@ -116,10 +121,14 @@ def _turn(ops: Ops, logits: Tensor, beams: list[Beam], choices: Mapping[Request,
     columns = (result.scores.tolist(), result.tokens.tolist(), result.parents.tolist(), result.logprobs.tolist(), own)
     found: dict[Request, list[Candidate]] = {}
     for search, group in zip(searches, zip(*columns, strict=True), strict=True):
-        entries = [entry for entry in zip(*group, strict=True) if entry[1] >= 0][: search.num_candidates]
+        # What is below the limit is as good as impossible, like -inf.
+        entries = [e for e in zip(*group, strict=True) if e[1] >= 0 and e[0] > -SCORE_LIMIT][: search.num_candidates]
         if entries:
-            request = beams[entries[0][2]].request
-            found.setdefault(request, []).extend(_candidates(beams, entries, stochastic))
+            beam = beams[entries[0][2]]
+            found.setdefault(beam.request, []).extend(_candidates(beams, entries, stochastic))
+            if entries[0][0] > SCORE_LIMIT:
+                choice = choices[beam.request]
+                choice.error = choice.error or f"a beam's score passes {SCORE_LIMIT:g} at position {len(beam.tokens)}"
     for beam, status in zip(beams, result.status.tolist(), strict=True):
         if status != STATUS_OK:
             choice = choices[beam.request]

@@ -364,3 +364,32 @@ def test_a_soak_of_mixed_requests(llama, count=2000):
     assert not decoder.scheduler.has_work
     decoder.pool.check([])
     assert decoder.pool.num_free == decoder.pool.num_blocks
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def only_seven_at_first(token_ids, logits):
+    """The usual idiom of a mask."""
+    return torch.where(torch.arange(len(logits)) == 7, logits, LOWEST) if len(token_ids) < 5 else logits
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"logits_processor": only_seven_at_first}, None),
+        ({"logit_bias": {5: 1e30}}, "a beam's score passes 1e+30 at position 3"),
+        ({"logit_bias": {5: 3e29}, "max_new_tokens": 12}, "a beam's score passes 1e+30 at position 6"),
+        ({"allowed_token_ids": [7, 8], "repetition_penalty": 1e30}, "no beam can go on at position"),
+        ({"num_beam_groups": 4, "diversity_penalty": 1e10, "allowed_token_ids": [7]}, None),
+    ],
+)
+def test_enormous_scores_are_the_requests_own_affair(decoder: Decoder, options: dict, error: str | None):
+    alone = decoder.generate([5, 6, 9], max_new_tokens=6)[0]
+    params = [BeamParams(**{"num_beams": 4, "max_new_tokens": 8, "ignore_eos": True, **options}), SamplingParams(max_new_tokens=6)]
+    search, greedy = decoder.generate([[3, 4, 5], [5, 6, 9]], params=params)
+    assert greedy.token_ids == alone.token_ids and greedy.logprobs == alone.logprobs
+    if error is None:
+        assert search.error is None and len(search.token_ids) == 8
+    else:
+        assert error in search.error and "\n" not in search.error
