@@ -252,7 +252,7 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
         axis.margins(y=0.12)
         axis.legend()
     figure.suptitle(f"Beam search, float32, prompt {PROMPT}, {searches[0]['new']} new tokens, prompt included")
-    file = out.with_name(f"{out.stem}-beam.png")
+    file = out.with_name(f"{out.stem}-search.png")
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return [file]
