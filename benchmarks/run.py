@@ -1,4 +1,5 @@
-"""Every benchmark, one command: ``python benchmarks/run.py [--suite linear|sampling|beam|decode|all] [--quick] [--out FILE.json]``.
+"""Every benchmark, one command: ``python benchmarks/run.py [--suite linear|sampling|beam|decode|speculative|all] [--quick]
+[--out FILE.json]``.
 
 ``--device cuda`` measures what there is on a GPU: the sampling suite.
 """
@@ -10,11 +11,12 @@ import importlib
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "tests")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "scripts")]
 
 from measure import Machine, write_json  # noqa: E402
 
-SUITES = ("linear", "sampling", "beam", "decode")  # each a module suite_*.py with run(), and plot() where it draws figures
+SUITES = ("linear", "sampling", "beam", "decode", "speculative")  # each a module suite_*.py with run(), and plot() where it draws figures
 ON_CUDA = ("sampling",)
 
 

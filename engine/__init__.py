@@ -1,9 +1,25 @@
 """A decoding engine for PyTorch language models: ``Decoder(model).generate(...)``."""
 
 from .decoder import Decoder
+from .drafters.draft import Draft, Drafter
+from .drafters.lookup import PromptLookup, SuffixLookup
+from .drafters.model import DraftModel
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
 from .params import BeamParams, SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = ["BeamParams", "Decoder", "RequestMetrics", "RequestOutput", "SamplingParams", "StreamEvent", "__version__"]
+__all__ = [
+    "BeamParams",
+    "Decoder",
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "PromptLookup",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamEvent",
+    "SuffixLookup",
+    "__version__",
+]

@@ -30,6 +30,8 @@ def build_requests(
     tokenizer: Tokenizer | None,
     scheduler: Scheduler,
     grammars: Grammars,
+    *,
+    can_draft: bool = False,
     beams_as_origin: bool = False,
 ) -> list[Request]:
     """One request per prompt and returned sequence, or per prompt and beam search, in order.
@@ -50,6 +52,8 @@ def build_requests(
         )
     requests: list[Request] = []
     for i, (tokens, p) in enumerate(zip(token_lists, each, strict=True)):
+        if not can_draft and (p.speculative or p.num_assistant_tokens or p.verification != "replay"):
+            raise ValueError(f"{_speculation(p)}, but this decoder has no drafter; use Decoder(model, draft=...)")
         seed = int(torch.randint(2**63 - 1, ()).item()) if p.seed is None else p.seed
         if p.seed is not None and one_for_all:
             seed = child_seed(seed, i)  # a seed that prompts share must not give them the same noise
@@ -135,6 +139,12 @@ def _requests_of_prompt(
         )
         for index in range(params.num_return_sequences if num_beams == 1 else 1)
     ]
+
+
+def _speculation(params: SamplingParams) -> str:
+    """The first option of speculative decoding that is given, with its value."""
+    names = [name for name in ("speculative", "num_assistant_tokens") if getattr(params, name)] or ["verification"]
+    return f"{names[0]} is {getattr(params, names[0])!r}"
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:

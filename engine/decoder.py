@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from . import kernels as kernels_module
 from .admission import DEFAULT_NEW_TOKENS, build_requests
 from .blocks import BlockPool
-from .decode import beam_request
+from .decode import beam_request, speculate
 from .decode.beam_rows import choose
 from .decode.grammar import GrammarError, Grammars
 from .decode.sample import sample_rows
+from .drafters.speculator import Speculator, make_drafters
 from .kv_cache import KVCache, block_bytes, size_cache
 from .models.load import load
 from .outputs import FinishReason, RequestOutput, StreamEvent
@@ -48,6 +50,11 @@ class Decoder:
         cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
             of the free memory.
         block_size: tokens per cache block, a positive multiple of 16.
+        draft: guesses tokens that the model then verifies several at a time, which changes no output and saves steps (speculative
+            decoding): a smaller model of the same vocabulary (live, or a path; "bundled" for the one that comes with the package), a
+            drafter (``DraftModel``, ``PromptLookup``, ``SuffixLookup``), or a list of them, of which the first that has a guess is taken.
+            How much is drafted for a request follows what pays; see ``speculative``, ``num_assistant_tokens`` and ``verification`` of
+            ``SamplingParams``.
 
     Not thread-safe: one thread at a time may use a decoder. Several ``stream`` iterators of one decoder may be interleaved; their requests
     share its steps.
@@ -68,6 +75,7 @@ class Decoder:
         prefill_chunk: int | None = None,
         cache_tokens: int | None = None,
         block_size: int = 16,
+        draft: Any = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens), ("block_size", block_size),
@@ -101,12 +109,16 @@ class Decoder:
             prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
         )
         self.runner = Runner(self.model, self.cache, block_size)
+        self.speculator: Speculator | None = None
+        if draft is not None:
+            self.speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
+            self.scheduler.on_preemption = self.speculator.release
         self.num_steps = 0  # steps run so far
         self._stepping = False
 
     @classmethod
     def bundled(cls, **options: Any) -> Decoder:
-        """A decoder over the small model that comes with the package; options as for ``Decoder``."""
+        """A decoder over the small model that comes with the package; options as for ``Decoder`` (``draft="bundled"``: its smaller one)."""
         return cls(Path(__file__).parent / "bundled" / "target", **options)
 
     def generate(
@@ -234,8 +246,9 @@ class Decoder:
     ) -> list[Request]:
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
         return build_requests(
-            caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars, beams_as_origin
-        )
+            caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars,
+            can_draft=self.speculator is not None, beams_as_origin=beams_as_origin,
+        )  # fmt: skip
 
     def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
         """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
@@ -279,10 +292,13 @@ class Decoder:
             self._stepping = False
 
     def _step(self) -> None:
+        if self.speculator is not None:
+            self.speculator.propose(self.scheduler.running)
         plan = self.scheduler.plan()
         if not plan.sequences:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
             return
+        start = time.perf_counter()
         try:
             self._execute(plan)
         except BaseException:
@@ -290,6 +306,9 @@ class Decoder:
             # tokens they have, and by the token law draw what they would have drawn.
             self.scheduler.preempt_running()
             raise
+        if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
+            rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
+            self.speculator.step_costs.note(rows, time.perf_counter() - start)
 
     def _execute(self, plan: StepPlan) -> None:
         logits = self.runner.run(plan)
@@ -297,23 +316,42 @@ class Decoder:
         self.scheduler.commit(plan)
         if logits is None:
             return
-        rows = [row for row, _ in plan.rows]
-        requests = [row for row in rows if isinstance(row, Request)]
-        beams = [row for row in rows if isinstance(row, Beam)]
-        if requests:
-            for request, drawn in zip(requests, sample_rows(self.ops, logits[: len(requests)], requests), strict=True):
-                if drawn.error is not None:
-                    self._finish(request, "error", error=drawn.error)
-                else:
-                    self._advance(request, drawn)
+        sequences = speculate.sequences(plan)
+        if sequences:
+            drawn = sample_rows(self.ops, logits[: len(sequences)], sequences)
+            for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
+                self._carry_out(verdict)
+        beams = [row.sequence for row in plan.rows if isinstance(row.sequence, Beam)]
         if beams:
-            for choice in choose(self.ops, logits[len(requests) :], beams):
+            for choice in choose(self.ops, logits[len(sequences) :], beams):
                 if choice.error is not None:
                     self._finish(choice.request, "error", error=choice.error)
                     continue
                 beam_request.go_on(choice, self.pool)
                 if choice.request.finished:
-                    self.scheduler.remove(choice.request)
+                    self._remove(choice.request)
+
+    def _carry_out(self, verdict: speculate.Verdict) -> None:
+        """Give a request its next tokens, as far as it goes on, and keep of its draft in the cache what holds."""
+        request = verdict.request
+        request.num_forwards += 1
+        if self.speculator is not None and verdict.draft:
+            self.speculator.learn(verdict)
+        end = request.num_tokens
+        for drawn in verdict.drawn:
+            if drawn.error is not None:
+                self._finish(request, "error", error=drawn.error)
+            else:
+                self._advance(request, drawn)
+            if request.finished:
+                return
+        if verdict.draft:
+            table, size = request.block_table, self.pool.block_size
+            # The root is the token before `end`; node n of the draft was written n slots after it.
+            moved = [(end - 1 + node, end - 1 + depth) for depth, node in enumerate(verdict.path) if node != depth]
+            if moved:
+                self.cache.move_tokens(*([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True)))
+            self.scheduler.accept(request, verdict.num_accepted)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:
         """Append a drawn token, settle its text, and end the request where it ends."""
@@ -362,7 +400,7 @@ class Decoder:
     ) -> None:
         if request.searches:
             beam_request.fail(request, reason, error=error)
-            self.scheduler.remove(request)
+            self._remove(request)
             return
         whole = None
         if request.text_state is not None:
@@ -374,4 +412,9 @@ class Decoder:
             whole = request.text_state.text
         output = request.finish(reason, text=whole, stop_reason=stop_reason, error=error)
         request.events.append(self._event(request, drawn, text, output))
+        self._remove(request)
+
+    def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
+        if self.speculator is not None:
+            self.speculator.release(request)

@@ -18,6 +18,14 @@ class RequestMetrics:
     time_to_first_token: float | None
     total_time: float
     peak_blocks: int  # most cache blocks that it held at once; all beams of a search together, a shared block counted once
+    num_forwards: int  # steps of the model that gave it tokens; without drafts each gives one
+    num_drafted: int  # tokens that were drafted and verified, and how many of them were accepted (an end may then cut some off)
+    num_accepted: int
+
+    @property
+    def forwards_saved(self) -> int:
+        """How many steps fewer it took than new tokens."""
+        return max(0, self.num_new_tokens - self.num_forwards)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .option_checks import (
 )
 
 MAX_SEQUENCES = 65_536  # of one prompt: each is a request with its state
+MAX_DRAFT = 63  # drafted tokens of one step: with the last certain token 64 rows (kernels.verify_drafts)
 
 # Other engines' names for the same option.
 ALIASES = {
@@ -38,6 +39,9 @@ ALIASES = {
     "guided_grammar": "grammar",
     "beam_width": "num_beams",
     "beam_size": "num_beams",
+    "num_draft_tokens": "num_assistant_tokens",
+    "num_speculative_tokens": "num_assistant_tokens",
+    "prompt_lookup_num_tokens": "num_assistant_tokens",
 }
 
 GRAMMARS = ("json_schema", "regex", "grammar")
@@ -51,6 +55,7 @@ _NONE_MEANS: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
     "early_stopping": False,
     "logit_bias": {},
+    "verification": "replay",
 }
 
 _NOT_STOCHASTIC = (
@@ -109,6 +114,11 @@ class SamplingParams:
         regex: the whole text must match this regular expression (Rust's syntax).
         grammar: the text must be of this Lark grammar. At most one of ``json_schema``, ``regex`` and ``grammar``; each needs a tokenizer
             and the package llguidance. The request ends with "stop" where the text is complete and nothing may follow.
+        speculative: whether drafts are verified for it, which changes its speed and not its tokens; None: if the decoder has a drafter.
+        num_assistant_tokens: tokens drafted at a time, 0 to 63; None: as many as pay, by what is measured.
+        verification: "replay" accepts drafts that are what the token law draws. "block" (Sun et al. 2024) accepts somewhat more of what a
+            draft model drafts for a sampled request: the tokens have the same distribution, but are others, and depend on when was drafted
+            how much.
     """
 
     max_new_tokens: int | None = None
@@ -139,6 +149,9 @@ class SamplingParams:
     json_schema: dict[str, Any] | str | bool | None = None
     regex: str | None = None
     grammar: str | None = None
+    speculative: bool | None = None
+    num_assistant_tokens: int | None = None
+    verification: str = "replay"
 
     def __post_init__(self) -> None:
         for name, default in _NONE_MEANS.items():
@@ -169,9 +182,9 @@ class SamplingParams:
         check_int("min_new_tokens", self.min_new_tokens, 0)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens is {self.min_new_tokens}; it must be at most max_new_tokens, which is {self.max_new_tokens}")
-        for name in ("do_sample", "ignore_eos"):
+        for name in ("do_sample", "ignore_eos", "speculative"):
             value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "do_sample" and value is None):
+            if not isinstance(value, bool) and not (name != "ignore_eos" and value is None):
                 raise TypeError(f"{name} is {value!r}; it must be True or False")
         for name in ("temperature", "repetition_penalty"):
             check_scale(name, getattr(self, name), zero=name == "temperature")
@@ -188,6 +201,18 @@ class SamplingParams:
             raise ValueError(f"stream + num_return_sequences is {self.stream + self.num_return_sequences}; it must not pass 2**31")
         check_int("logprobs", self.logprobs, 0)
         check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 1, none_means="off")
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        check_int("num_assistant_tokens", self.num_assistant_tokens, 0, MAX_DRAFT, none_means="as many as pay")
+        if self.verification not in ("replay", "block"):
+            raise ValueError(f"verification is {self.verification!r}; it must be 'replay' or 'block'")
+        if self.speculative is False and self.num_assistant_tokens:
+            raise ValueError(f"num_assistant_tokens is {self.num_assistant_tokens}; with speculative=False it must be 0 or None")
+        if self.speculative and self.num_assistant_tokens == 0:
+            raise ValueError("num_assistant_tokens is 0; with speculative=True it must be at least 1, or None")
+        if self.verification == "block" and self.logits_processor not in ((), None):
+            raise ValueError("verification is 'block'; it cannot be used with a logits_processor")
 
     def _check_grammar(self) -> None:
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
@@ -296,7 +321,10 @@ class BeamParams(SamplingParams):
             )
         if self.temperature is not None and self.temperature < 1e-5:  # what the sampler takes for greedy
             raise ValueError(f"temperature is {self.temperature}; with num_beams above 1 it must be above 0, or None")
-        for name, off in (("top_p", (None, 1)), ("min_p", (None, 0)), ("stop", ((),)), ("logprobs", (0,))):
+        for name, off in (
+            ("top_p", (None, 1)), ("min_p", (None, 0)), ("stop", ((),)), ("logprobs", (0,)), ("speculative", (None, False)),
+            ("num_assistant_tokens", (None, 0)), ("verification", ("replay",)),
+        ):  # fmt: skip
             if getattr(self, name) not in off:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it cannot be used with num_beams above 1")
         if self.stochastic:
@@ -327,3 +355,8 @@ def child_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return z ^ (z >> 31)
+
+
+def draft_seed(seed: int, position: int) -> int:
+    """The seed of drafts for block verification that begin at ``position``: noise that nothing else of the request is drawn with."""
+    return child_seed(child_seed(seed, 2**32), position + 1)

@@ -1,16 +1,20 @@
-"""Sequences being decoded: requests, and the beams of one."""
+"""Sequences being decoded: requests, the beams of one, and what one would be after drafted tokens."""
 
 from __future__ import annotations
 
+import functools
 import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .outputs import FinishReason, RequestMetrics, RequestOutput, StreamEvent
 from .params import SamplingParams
+
+if TYPE_CHECKING:
+    from .drafters.draft import Draft
 
 
 class Drawn(NamedTuple):
@@ -64,8 +68,13 @@ class TokenSequence:
     matcher: Any
 
     @property
+    def num_tokens(self) -> int:
+        """Of ``tokens``: also the position of the next one."""
+        return len(self.tokens)
+
+    @property
     def num_new_tokens(self) -> int:
-        return len(self.tokens) - len(self.prompt)
+        return self.num_tokens - len(self.prompt)
 
     @property
     def num_missing(self) -> int:
@@ -108,6 +117,44 @@ class Beam(TokenSequence):
         return twin
 
 
+class Lookahead(TokenSequence):
+    """A request as it would be after drafted tokens: what rows of logits are drawn for while it is not known whether they are right.
+
+    Args:
+        before: the request, or it after the drafted tokens before.
+        token: one more, or None for none.
+
+    Where the request has a grammar, that may raise what its matcher raises at a token that cannot be.
+    """
+
+    seed: int
+    stream: int
+
+    def __init__(self, before: Request | Lookahead, token: int | None = None) -> None:
+        drafted = before.drafted if isinstance(before, Lookahead) else ()
+        self.request: Request = before.request if isinstance(before, Lookahead) else before
+        self.prompt, self.params, self.controls, self.end_token_ids = before.prompt, before.params, before.controls, before.end_token_ids
+        self.seed, self.stream = before.seed, before.stream
+        self.history, self.matcher = before.history, before.matcher
+        self.drafted = drafted
+        if token is not None:
+            self.drafted = (*drafted, token)
+            if self.history is not None:
+                self.history = self.history.copy()
+                self.history.add(token)
+            if self.matcher is not None:
+                self.matcher = self.matcher.copy()
+                self.matcher.advance(self.tokens, len(self.prompt))
+
+    @functools.cached_property
+    def tokens(self) -> list[int]:  # type: ignore[override]  # made only for those who look back: most rows need just their number
+        return [*self.request.tokens, *self.drafted]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.tokens) + len(self.drafted)
+
+
 @dataclass(eq=False)
 class Request(TokenSequence):
     """One request: itself a sequence, or a beam search over several."""
@@ -135,6 +182,10 @@ class Request(TokenSequence):
     num_beams: int = 1
     shared: int = 0  # so many tokens of all beams are computed once, by the first, before the others join; 0: they have joined
     history: History | None = None  # kept only under a penalty
+    draft: Draft | None = None  # what the next step verifies beside computing the last token
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_forwards: int = 0  # steps that gave it tokens
     events: deque[StreamEvent] = field(default_factory=deque)  # where its progress goes; the requests of one call share it
     outputs: list[RequestOutput] = field(default_factory=list)  # when it has finished: one, or those of a beam search, best first
     peak_blocks: int = 0
@@ -170,6 +221,7 @@ class Request(TokenSequence):
 
     def restart(self) -> None:
         """Nothing of it is in the cache any more (its blocks are the caller's to free). Beams will share what they have in common."""
+        self.draft = None
         for sequence in self.sequences:
             sequence.num_computed = 0
         self.shared = 0
@@ -227,6 +279,9 @@ class Request(TokenSequence):
                 time_to_first_token=None if self.first_token_at is None else self.first_token_at - self.submitted_at,
                 total_time=time.perf_counter() - self.submitted_at,
                 peak_blocks=self.peak_blocks,
+                num_forwards=self.num_forwards,
+                num_drafted=self.num_drafted,
+                num_accepted=self.num_accepted,
             ),
             beam_score=beam_score,
             score=score,

@@ -8,21 +8,41 @@ one request with several sequences: they are computed, preempted and resumed tog
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from .blocks import BlockPool
+from .drafters.draft import Draft
 from .request import Beam, Request, TokenSequence
+
+NO_DRAFT = Draft()
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """``num_tokens`` query tokens of ``sequence`` from ``start`` on; each of ``rows`` goes on from the last one's logits."""
+    """``num_tokens`` query tokens of ``sequence`` from ``start`` on, and after them those of ``draft``; each of ``rows`` goes on from the
+    logits of the last of its own tokens, and a drafted one from those of the nodes that hold."""
 
     request: Request
     sequence: TokenSequence  # the request itself, or one of its beams
     start: int
     num_tokens: int
     rows: tuple[TokenSequence, ...]
+    draft: Draft = NO_DRAFT
+
+    @property
+    def end(self) -> int:
+        """How many tokens the sequence has, drafted ones not counted, when this has been computed."""
+        return self.start + self.num_tokens
+
+
+class Row(NamedTuple):
+    """A row of logits: whose it is, the index of its scheduled sequence, and which node of the draft it comes after (0: none)."""
+
+    sequence: TokenSequence
+    scheduled: int
+    node: int
 
 
 @dataclass
@@ -31,10 +51,15 @@ class StepPlan:
     copies: list[tuple[int, int]] = field(default_factory=list)  # block copies to carry out first (copy-on-write)
 
     @property
-    def rows(self) -> list[tuple[TokenSequence, int]]:
-        """Who goes on from this step, and the index of its scheduled sequence, in the order of the rows of logits: beams come last."""
-        rows = [(row, i) for i, scheduled in enumerate(self.sequences) for row in scheduled.rows]
-        return sorted(rows, key=lambda row: isinstance(row[0], Beam))  # stable
+    def rows(self) -> list[Row]:
+        """The rows of logits in their order: beams come last, the nodes of a draft one after the other."""
+        rows = [
+            Row(sequence, i, node)
+            for i, scheduled in enumerate(self.sequences)
+            for sequence in scheduled.rows
+            for node in range(1 + len(scheduled.draft))
+        ]
+        return sorted(rows, key=lambda row: isinstance(row.sequence, Beam))  # stable
 
 
 class Scheduler:
@@ -59,6 +84,7 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self.on_preemption: Callable[[Request], None] | None = None  # told of each request that is preempted
 
     @property
     def has_work(self) -> bool:
@@ -105,7 +131,23 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
             budget -= self._schedule(plan, request, self._shares(request, budget))
+        self._place_drafts(plan, budget)
         return plan
+
+    def _place_drafts(self, plan: StepPlan, budget: int) -> None:
+        """Give drafts what is left of budget and pool, the oldest request first: they never cost anybody else a token or a block."""
+        for i, scheduled in enumerate(plan.sequences):
+            request = scheduled.request
+            draft, request.draft = request.draft, None
+            if draft is None or scheduled.rows != (request,):
+                continue
+            table, end = request.block_table, scheduled.end
+            room = (len(table) + self.pool.num_free) * self.pool.block_size - end
+            size = min(len(draft), budget, room)
+            if size > 0:
+                self.pool.prepare(table, end, end + size)
+                plan.sequences[i] = replace(scheduled, draft=draft.keep(range(1, size + 1)))
+                budget -= size
 
     def _seats(self) -> int:
         """Places in the batch that are taken, those of followers about to join and of beams to come included."""
@@ -163,13 +205,15 @@ class Scheduler:
             self.pool.release(sequence.block_table)
         request.restart()
         request.num_preemptions += 1
+        if self.on_preemption is not None:
+            self.on_preemption(request)
         self.waiting.appendleft(request)
 
     def commit(self, plan: StepPlan) -> None:
         """Record that a plan has been run: its tokens are in the cache, and followers and beams have joined."""
         for scheduled in plan.sequences:
             request, sequence = scheduled.request, scheduled.sequence
-            sequence.num_computed = scheduled.start + scheduled.num_tokens
+            sequence.num_computed = scheduled.end
             if sequence.num_computed == request.shared:
                 for beam in request.beams[1:]:
                     beam.block_table = self.pool.fork(sequence.block_table)
@@ -183,6 +227,11 @@ class Scheduler:
                 at = self.running.index(request) + 1
                 self.running[at:at] = request.followers
                 request.followers = []
+
+    def accept(self, request: Request, num_tokens: int) -> None:
+        """Of a request's draft so many tokens hold, and are in the cache right after its others; the blocks of the rest are free."""
+        request.num_computed += num_tokens
+        self.pool.truncate(request.block_table, request.num_computed)
 
     def preempt_running(self) -> int:
         """Preempt every running request (they resume by recomputation); returns how many there were."""

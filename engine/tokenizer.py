@@ -39,6 +39,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's text, in the tokenizer's own form, with its id."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocabulary
+
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens the tokenizer's own file adds."""
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):

@@ -1,6 +1,7 @@
 """The engine's kernels, usable on their own: ``from engine import kernels; kernels.sample(...)``."""
 
 from .api import (
+    GREEDY_BELOW,
     STATUS_BAD_PARAMETER,
     STATUS_NAN,
     STATUS_NOTHING_ALLOWED,
@@ -10,14 +11,18 @@ from .api import (
     LogitBias,
     Penalties,
     SampleResult,
+    VerifyResult,
     beam_select,
     embed,
     linear,
+    masses,
     paged_attention,
     rms_norm,
     rope_append,
     sample,
     silu_mul,
+    verify_block,
+    verify_drafts,
 )
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 
@@ -30,19 +35,24 @@ __all__ = [
     "STATUS_NOTHING_ALLOWED",
     "STATUS_OK",
     "EndTokens",
+    "GREEDY_BELOW",
     "LogitBias",
     "Ops",
     "Penalties",
     "SampleResult",
+    "VerifyResult",
     "backends",
     "beam_select",
     "cuda_reason",
     "embed",
     "linear",
+    "masses",
     "paged_attention",
     "rms_norm",
     "rope_append",
     "sample",
     "select",
     "silu_mul",
+    "verify_block",
+    "verify_drafts",
 ]

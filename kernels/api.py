@@ -23,6 +23,8 @@ from torch import Tensor
 
 from .registry import default_ops
 
+GREEDY_BELOW = 1e-5  # temperatures of ``sample`` below this are greedy
+
 # What became of a row of logits.
 STATUS_OK = 0
 STATUS_NAN = 1  # a NaN somewhere in the row
@@ -89,6 +91,16 @@ class BeamResult(NamedTuple):
     parents: Tensor  # int32 [G, C]: the row of logits that is continued; -1 there
     logprobs: Tensor  # float32 [G, C]: of the token in its beam
     status: Tensor  # int32 [R]: STATUS_OK, or what makes a row contribute nothing (STATUS_NOTHING_ALLOWED also where its score is -inf)
+
+
+class VerifyResult(NamedTuple):
+    """What ``verify_drafts`` and ``verify_block`` return. A *node* is a row counted from the first of its sequence."""
+
+    num_accepted: Tensor  # int32 [S]: drafted tokens kept
+    path: Tensor  # int32 [R]: path[start[s] + d] is the node at depth d of what is kept (the root at 0), -1 past its end
+    # Of `verify_block` only: the token that follows the last node of the path, or -1 where `status` is not STATUS_OK.
+    tokens: Tensor | None = None  # int64 [S]
+    status: Tensor | None = None  # int32 [S]
 
 
 def embed(tokens: Tensor, table: Tensor) -> Tensor:
@@ -166,6 +178,8 @@ def paged_attention(
     *,
     scale: float,
     window: int = 0,
+    tree_start: Tensor | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of a ragged batch over the paged cache; float32 ``[T, num_heads, D]``.
 
@@ -175,8 +189,18 @@ def paged_attention(
     row i attends keys ``0..p`` with ``p = context_len - num_queries + i``, or the last ``window`` of those if ``window > 0``. Cache slots
     no row may see are never read into a result, whatever they hold. Keys are walked in fixed absolute splits of 512, merged in order
     (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits.
+
+    Trees of drafts (tree attention, Miao et al. 2024): ``tree_start`` int32 ``[S]`` and ``ancestors`` int64 ``[T]``, both or neither. A
+    sequence with ``tree_start[s] >= 0`` ends in a tree: its tokens from there on, at most 64 and all of its query rows among them, are
+    nodes in the order of their depth, each after its parent. Row t sees the tokens before ``tree_start[s]`` and the nodes j (counted from
+    there) whose bit j is set in ``ancestors[t]``: its own, which is the highest, and those above it. It counts them as positions
+    ``tree_start[s]``, ``tree_start[s] + 1``, ..., ``window`` included, and so gets the bits that its path would get as a sequence without
+    the other nodes. A sequence with ``tree_start[s]`` -1 is causal as above, and its ``ancestors`` are not looked at.
     """
-    return default_ops("q", q).paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, scale=scale, window=window)
+    return default_ops("q", q).paged_attention(
+        q, key_cache, value_cache, block_table, query_start, context_len, scale=scale, window=window, tree_start=tree_start,
+        ancestors=ancestors,
+    )  # fmt: skip
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -274,3 +298,72 @@ def beam_select(
         logits, scores, group_start, num_candidates, temperature, top_k, position, seed=seed, stream=stream, penalties=penalties, bias=bias,
         end_tokens=end_tokens, allowed=allowed, workspace=workspace,
     )  # fmt: skip
+
+
+def verify_drafts(tokens: Tensor, status: Tensor, draft: Tensor, parent: Tensor, start: Tensor) -> VerifyResult:
+    """Of each sequence's drafted tokens, those that the token law draws as well (replay verification).
+
+    Sequence s has the rows ``start[s]:start[s + 1]`` (int32 ``[S + 1]``, from 0 to R, 1 to 64 each): a tree of drafts whose first row is
+    the root, the last token that is certain. A node r past the root stands for the token ``draft[r]`` (int32 ``[R]``, any value) after
+    its parent ``parent[r]`` (int32 ``[R]``: a node of the same sequence before it; not looked at for the root). ``tokens`` int64 ``[R]``
+    and ``status`` int32 ``[R]`` are what ``sample`` gave for each row.
+
+    From the root the walk goes on to the first child that stands for the token that was drawn after the node, as long as there is one and
+    the node's status is STATUS_OK. The tokens drawn after the nodes of the path are those that decoding without drafts would have drawn:
+    ``num_accepted[s]`` that were drafted, and one more (or the failure that the last node's status tells).
+    """
+    return default_ops("tokens", tokens).verify_drafts(tokens, status, draft, parent, start)
+
+
+def masses(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    position: Tensor,
+    *,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What each row of ``sample`` is drawn from, as integer masses: int64 ``[R, V]``, and its status, int32 ``[R]``.
+
+    Arguments as of ``sample``. A token kept by steps 1 to 6 has the mass ``fixed_math.weight(z - max z)``, the others 0; its probability is
+    its share of the row's sum. A greedy row has all of its mass, 2^40, on the token that ``sample`` takes. With +inf entries each of those
+    has 2^40 and the others 0. A row without a token has none.
+    """
+    return default_ops("logits", logits).masses(
+        logits, temperature, top_k, top_p, min_p, position, penalties=penalties, bias=bias, end_tokens=end_tokens, allowed=allowed
+    )
+
+
+def verify_block(
+    target: Tensor, status: Tensor, proposal: Tensor, draft: Tensor, start: Tensor, seed: Tensor, position: Tensor, stream: Tensor
+) -> VerifyResult:
+    """Lossless rejection of stochastic drafts, a whole chain at once (block verification, Sun et al. 2024, "Block Verification Accelerates
+    Speculative Decoding", Algorithm 2).
+
+    Sequence s has the rows ``start[s]:start[s + 1]`` (int32 ``[S + 1]``, 1 to 64 each), a chain: row i > 0 of it stands for ``draft[r]``
+    (int32 ``[R]``) after row i - 1. ``target`` int64 ``[R, V]`` and ``status`` int32 ``[R]``: ``masses`` of the model's logits at each
+    row, what follows it. ``proposal`` int64 ``[R, V]``: masses of what ``draft[r]`` was drawn from, at most 2^62 in all (any for the
+    first rows); a certain draft has all of its mass on one token. ``seed`` int64, ``position`` int32 (of the token after the first row)
+    and ``stream`` int32: ``[S]``.
+
+    With the shares p_i of row i of the target and q_i of row i of the proposal (what x_i was drawn from), in float64, for a chain of n:
+
+        w_0 = 1,   w_i = min(w_(i-1) p_(i-1)(x_i) / q_i(x_i), 1)
+        Z_i = sum_x max(w_i p_i(x) - q_(i+1)(x), 0)    for i < n
+        h_i = Z_i / (Z_i + 1 - w_i)    for i < n,   h_n = w_n        (0 / 0 is 1)
+
+    x_1 .. x_tau is kept, tau the largest i >= 1 with ``u_i <= h_i``, or 0; the token after it is drawn from ``max(w_tau p_tau - q_(tau+1),
+    0)`` (from p_n if tau is n), or from p_tau where that is nothing but rounding. The coin u_i is ``(X 2^32 + L + 1/2) / 2^64`` with X and
+    L the words of token i at ``position`` in the domains ``noise.DOMAIN_COIN`` and its tail; the last draw is ``argmax(log(share) -
+    log(E))`` with the noise of ``position`` in ``noise.DOMAIN_RESIDUAL``. Both belong to ``position``, where the chain begins, and not to
+    where its tokens stand: a later chain over the same places must not meet the same coins. For the same reason the drafts must come from
+    noise that no other chain of the request was drawn with. Then the tokens kept and the one after them have the law of the target; they
+    are not those that ``sample`` draws. A row whose status is not STATUS_OK ends the chain before it; where it is the first, its status is
+    the sequence's.
+    """
+    return default_ops("target", target).verify_block(target, status, proposal, draft, start, seed, position, stream)

@@ -17,7 +17,9 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 _F32 = (torch.float32,)
 _I32 = (torch.int32,)
+_I64 = (torch.int64,)
 SUB_BLOCK = 16  # tokens that lie side by side in the key cache
+MAX_TREE_TOKENS = 64  # as many as a row of `ancestors` has bits
 _HEAD_DIMS = range(8, 257, 8)
 
 
@@ -298,10 +300,20 @@ def paged_attention(
     query_start: Tensor,
     context_len: Tensor,
     window: int,
+    tree_start: Tensor | None,
+    ancestors: Tensor | None,
 ) -> CacheShape:
-    usual = _usual_paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
-    if usual is not None:
-        return usual
+    sizes = _usual_paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
+    if sizes is None:
+        sizes = _paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
+    if tree_start is not None or ancestors is not None:
+        _trees(q, context_len, tree_start, ancestors)
+    return sizes
+
+
+def _paged_attention(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, window: int
+) -> CacheShape:
     sizes = cache(key_cache, value_cache)
     _plain("q", q, _F32, 3, "[T, num_heads, head_dim]")
     if q.shape[2] != sizes.head_dim:
@@ -328,3 +340,16 @@ def paged_attention(
         ),
     )
     return sizes
+
+
+def _trees(q: Tensor, context_len: Tensor, tree_start: Tensor | None, ancestors: Tensor | None) -> None:
+    if tree_start is None or ancestors is None:
+        given = f"{type(tree_start).__name__} and {type(ancestors).__name__}"
+        raise ValueError(f"tree_start and ancestors must both be given or both be None, got {given}")
+    _plain("tree_start", tree_start, _I32, 1, "[S]")
+    _plain("ancestors", ancestors, _I64, 1, "[T]")
+    if tree_start.shape != context_len.shape:
+        _shape("tree_start", tree_start, tuple(context_len.shape), "[S]")
+    if ancestors.shape[0] != q.shape[0]:
+        _shape("ancestors", ancestors, (q.shape[0],), "[T]")
+    _device(q, (("tree_start", tree_start), ("ancestors", ancestors)))

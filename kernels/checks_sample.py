@@ -1,6 +1,6 @@
-"""Argument checks of ``sample`` and ``beam_select``, shared by the backends: one clear error that names the argument.
+"""Argument checks of ``sample``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the argument.
 
-``sample`` and ``beam_select`` here look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
+The functions named like an op look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
 ``beam_values`` read what is in the tensors; on a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER.
 """
 
@@ -19,7 +19,9 @@ LARGEST = 1e30  # of penalties and biases: no sum of them and a logit can be NaN
 MAX_COUNT = 1 << 24  # float32 holds counts up to here
 
 
-class _Expected(NamedTuple):
+class Expected(NamedTuple):
+    """A contiguous tensor argument."""
+
     name: str
     tensor: Any
     dtype: torch.dtype
@@ -27,7 +29,7 @@ class _Expected(NamedTuple):
     meaning: str
 
 
-def _raise(expected: _Expected, device: torch.device) -> None:
+def _raise(expected: Expected, device: torch.device, first: str) -> None:
     """Say what is wrong with a tensor that should be contiguous, of this dtype, shape and device."""
     name, t, dtype, shape, meaning = expected
     if not isinstance(t, Tensor):
@@ -35,13 +37,14 @@ def _raise(expected: _Expected, device: torch.device) -> None:
     if t.dtype != dtype:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {t.dtype}")
     if t.device != device:
-        raise ValueError(f"{name} is on {t.device} while logits is on {device}")
+        raise ValueError(f"{name} is on {t.device} while {first} is on {device}")
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {meaning} = {shape}, got {tuple(t.shape)}")
     raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
 
 
-def _length(t: Any) -> tuple[int, ...]:
+def length(t: Any) -> tuple[int, ...]:
+    """The shape of a tensor whose length is free."""
     return tuple(t.shape) if isinstance(t, Tensor) and t.dim() == 1 else (0,)
 
 
@@ -58,9 +61,20 @@ def _logits(logits: Tensor) -> None:
         raise ValueError(f"logits must have V <= 2^22 columns, got {logits.shape[1]}")
 
 
+def _parameters(rows: int, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, position: Tensor) -> list[Expected]:
+    each = (rows,)
+    return [
+        Expected("temperature", temperature, torch.float32, each, "[R]"),
+        Expected("top_k", top_k, torch.int32, each, "[R]"),
+        Expected("top_p", top_p, torch.float32, each, "[R]"),
+        Expected("min_p", min_p, torch.float32, each, "[R]"),
+        Expected("position", position, torch.int32, each, "[R]"),
+    ]
+
+
 def _lists(
     rows: int, vocab: int, penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndTokens | None, allowed: Tensor | None
-) -> list[_Expected]:
+) -> list[Expected]:
     """What the lists of tokens and the mask must be."""
     f32, i32 = torch.float32, torch.int32
     each = (rows,)
@@ -69,38 +83,39 @@ def _lists(
         if group is not None and not isinstance(group, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(group).__name__}")
     if penalties is not None:
-        size = _length(penalties.token)
+        size = length(penalties.token)
         expected += [
-            _Expected("penalties.repetition", penalties.repetition, f32, each, "[R]"),
-            _Expected("penalties.presence", penalties.presence, f32, each, "[R]"),
-            _Expected("penalties.frequency", penalties.frequency, f32, each, "[R]"),
-            _Expected("penalties.token", penalties.token, i32, size, "[N]"),
-            _Expected("penalties.counts", penalties.counts, i32, size, "[N]"),
-            _Expected("penalties.start", penalties.start, i32, (rows + 1,), "[R + 1]"),
+            Expected("penalties.repetition", penalties.repetition, f32, each, "[R]"),
+            Expected("penalties.presence", penalties.presence, f32, each, "[R]"),
+            Expected("penalties.frequency", penalties.frequency, f32, each, "[R]"),
+            Expected("penalties.token", penalties.token, i32, size, "[N]"),
+            Expected("penalties.counts", penalties.counts, i32, size, "[N]"),
+            Expected("penalties.start", penalties.start, i32, (rows + 1,), "[R + 1]"),
         ]
     if bias is not None:
-        size = _length(bias.token)
+        size = length(bias.token)
         expected += [
-            _Expected("bias.token", bias.token, i32, size, "[N]"),
-            _Expected("bias.bias", bias.bias, f32, size, "[N]"),
-            _Expected("bias.start", bias.start, i32, (rows + 1,), "[R + 1]"),
+            Expected("bias.token", bias.token, i32, size, "[N]"),
+            Expected("bias.bias", bias.bias, f32, size, "[N]"),
+            Expected("bias.start", bias.start, i32, (rows + 1,), "[R + 1]"),
         ]
     if end_tokens is not None:
         expected += [
-            _Expected("end_tokens.token", end_tokens.token, i32, _length(end_tokens.token), "[N]"),
-            _Expected("end_tokens.min_position", end_tokens.min_position, i32, each, "[R]"),
-            _Expected("end_tokens.start", end_tokens.start, i32, (rows + 1,), "[R + 1]"),
+            Expected("end_tokens.token", end_tokens.token, i32, length(end_tokens.token), "[N]"),
+            Expected("end_tokens.min_position", end_tokens.min_position, i32, each, "[R]"),
+            Expected("end_tokens.start", end_tokens.start, i32, (rows + 1,), "[R + 1]"),
         ]
     if allowed is not None:
-        expected.append(_Expected("allowed", allowed, i32, (rows, (vocab + 31) // 32), "[R, ceil(V / 32)]"))
+        expected.append(Expected("allowed", allowed, i32, (rows, (vocab + 31) // 32), "[R, ceil(V / 32)]"))
     return expected
 
 
-def _expect(expected: list[_Expected], device: torch.device) -> None:
+def expect(expected: list[Expected], device: torch.device, first: str = "logits") -> None:
+    """Check dtypes, shapes, contiguity, and the device, which is that of the argument ``first``."""
     for e in expected:
         t = e.tensor
         if not (isinstance(t, Tensor) and t.dtype is e.dtype and t.shape == e.shape and t.device == device and t.is_contiguous()):
-            _raise(e, device)
+            _raise(e, device, first)
 
 
 def sample(
@@ -121,22 +136,33 @@ def sample(
     """Check everything that can be seen from outside the tensors."""
     _logits(logits)
     rows, vocab = logits.shape
-    each = (rows,)
-    expected = [
-        _Expected("temperature", temperature, torch.float32, each, "[R]"),
-        _Expected("top_k", top_k, torch.int32, each, "[R]"),
-        _Expected("top_p", top_p, torch.float32, each, "[R]"),
-        _Expected("min_p", min_p, torch.float32, each, "[R]"),
-        _Expected("seed", seed, torch.int64, each, "[R]"),
-        _Expected("position", position, torch.int32, each, "[R]"),
-        _Expected("stream", stream, torch.int32, each, "[R]"),
-    ]
-    _expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
+    expected = _parameters(rows, temperature, top_k, top_p, min_p, position)
+    expected += [Expected("seed", seed, torch.int64, (rows,), "[R]"), Expected("stream", stream, torch.int32, (rows,), "[R]")]
+    expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
     if logprobs is not None:
         if isinstance(logprobs, bool) or not isinstance(logprobs, int):
             raise TypeError(f"logprobs must be None or an integer, got {logprobs!r}")
         if not 0 <= logprobs <= vocab:
             raise ValueError(f"logprobs must be None or from 0 to V = {vocab}, got {logprobs}")
+
+
+def masses(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    position: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
+) -> None:
+    """Check everything that can be seen from outside the tensors."""
+    _logits(logits)
+    rows, vocab = logits.shape
+    expected = _parameters(rows, temperature, top_k, top_p, min_p, position)
+    expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
 
 
 def beam_select(
@@ -159,17 +185,17 @@ def beam_select(
     rows, vocab = logits.shape
     each = (rows,)
     expected = [
-        _Expected("scores", scores, torch.float32, each, "[R]"),
-        _Expected("group_start", group_start, torch.int32, _length(group_start), "[G + 1]"),
-        _Expected("temperature", temperature, torch.float32, each, "[R]"),
-        _Expected("top_k", top_k, torch.int32, each, "[R]"),
-        _Expected("position", position, torch.int32, each, "[R]"),
+        Expected("scores", scores, torch.float32, each, "[R]"),
+        Expected("group_start", group_start, torch.int32, length(group_start), "[G + 1]"),
+        Expected("temperature", temperature, torch.float32, each, "[R]"),
+        Expected("top_k", top_k, torch.int32, each, "[R]"),
+        Expected("position", position, torch.int32, each, "[R]"),
     ]
     if (seed is None) is not (stream is None):
         raise ValueError(f"seed and stream must be given together, got None for {'seed' if seed is None else 'stream'}")
     if seed is not None:
-        expected += [_Expected("seed", seed, torch.int64, each, "[R]"), _Expected("stream", stream, torch.int32, each, "[R]")]
-    _expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
+        expected += [Expected("seed", seed, torch.int64, each, "[R]"), Expected("stream", stream, torch.int32, each, "[R]")]
+    expect(expected + _lists(rows, vocab, penalties, bias, end_tokens, allowed), logits.device)
     if not len(group_start):
         raise ValueError("group_start must have shape [G + 1] with G >= 0, got (0,)")
     if isinstance(num_candidates, bool) or not isinstance(num_candidates, int):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, checks_sample
-from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult
+from . import checks, checks_sample, checks_verify
+from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult, VerifyResult
 
 _cpu: Any = None
 _reason: str | None = None
@@ -189,9 +189,11 @@ def paged_attention(
     *,
     scale: float,
     window: int = 0,
+    tree_start: Tensor | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
     num_blocks, num_kv_heads, block_size, head_dim = checks.paged_attention(
-        q, key_cache, value_cache, block_table, query_start, context_len, window
+        q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors
     )
     _on_cpu("q", q)
     tokens, num_heads, _ = q.shape
@@ -199,8 +201,8 @@ def paged_attention(
     out = torch.empty_like(q)
     _cpu.paged_attention(
         q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _DTYPE[key_cache.dtype], block_table.data_ptr(), query_start.data_ptr(),
-        context_len.data_ptr(), out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads, num_kv_heads, head_dim, block_size,
-        scale, window,
+        context_len.data_ptr(), 0 if tree_start is None else tree_start.data_ptr(), 0 if ancestors is None else ancestors.data_ptr(),
+        out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads, num_kv_heads, head_dim, block_size, scale, window,
     )  # fmt: skip
     return out
 
@@ -298,4 +300,60 @@ def beam_select(
         _addresses((scores, group_start, temperature, top_k, position, seed, stream)), _lists(penalties, bias, end_tokens, allowed),
         _addresses(result),
     )  # fmt: skip
+    return result
+
+
+# ---- verification of drafts ----
+
+
+def verify_drafts(tokens: Tensor, status: Tensor, draft: Tensor, parent: Tensor, start: Tensor) -> VerifyResult:
+    """See ``api.verify_drafts``."""
+    checks_verify.verify_drafts(tokens, status, draft, parent, start)
+    _on_cpu("tokens", tokens)
+    rows, sequences = len(tokens), len(start) - 1
+    result = VerifyResult(torch.empty(sequences, dtype=torch.int32), torch.empty(rows, dtype=torch.int32))
+    _cpu.verify_drafts(_addresses((tokens, status, draft, parent, start)), rows, sequences, _addresses(result[:2]))
+    return result
+
+
+def masses(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    position: Tensor,
+    *,
+    penalties: Penalties | None = None,
+    bias: LogitBias | None = None,
+    end_tokens: EndTokens | None = None,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``api.masses``."""
+    checks_sample.masses(logits, temperature, top_k, top_p, min_p, position, penalties, bias, end_tokens, allowed)
+    _on_cpu("logits", logits)
+    rows, vocab = logits.shape
+    mass, status = torch.empty(rows, vocab, dtype=torch.int64), torch.empty(rows, dtype=torch.int32)
+    _cpu.masses(
+        logits.data_ptr(), _DTYPE[logits.dtype], logits.stride(0), rows, vocab,
+        _addresses((temperature, top_k, top_p, min_p, None, position, None)), _lists(penalties, bias, end_tokens, allowed),
+        mass.data_ptr(), status.data_ptr(),
+    )  # fmt: skip
+    return mass, status
+
+
+def verify_block(
+    target: Tensor, status: Tensor, proposal: Tensor, draft: Tensor, start: Tensor, seed: Tensor, position: Tensor, stream: Tensor
+) -> VerifyResult:
+    """See ``api.verify_block``."""
+    checks_verify.verify_block(target, status, proposal, draft, start, seed, position, stream)
+    _on_cpu("target", target)
+    rows, vocab = target.shape
+    sequences = len(start) - 1
+    result = VerifyResult(
+        torch.empty(sequences, dtype=torch.int32), torch.empty(rows, dtype=torch.int32), torch.empty(sequences, dtype=torch.int64),
+        torch.empty(sequences, dtype=torch.int32),
+    )  # fmt: skip
+    arguments = (target, status, proposal, draft, start, seed, position, stream)
+    _cpu.verify_block(_addresses(arguments), rows, vocab, sequences, _addresses(result))
     return result

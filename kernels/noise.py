@@ -20,7 +20,9 @@ from torch import Tensor
 from .fixed_math import log, log_1f, split
 
 DOMAIN_SAMPLE = 0  # words of the draw itself
-DOMAIN_TAIL = 4  # the 32 further bits of a word below TAIL_WORDS
+DOMAIN_COIN = 1  # of the decisions of `verify_block`,
+DOMAIN_RESIDUAL = 2  # and of its last draw
+DOMAIN_TAIL = 4  # added to a domain: the 32 further bits of its words (of the draws those below TAIL_WORDS)
 TAIL_WORDS = 256
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -70,13 +72,13 @@ def exponential(word: Tensor, low: Tensor) -> Tensor:
     return -log_1f(torch.where(small, -u, f), torch.where(small, 0.0, exponent))
 
 
-def noise(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int) -> Noise:
+def noise(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE) -> Noise:
     """The noise of every token of each row; arguments as of ``words``."""
-    word = words(seed, position, stream, vocab_size)
+    word = words(seed, position, stream, vocab_size, domain)
     low = torch.zeros_like(word)
     needs_tail = word < TAIL_WORDS
     rows = needs_tail.any(dim=1).nonzero()[:, 0]
     if len(rows):
-        low[rows] = words(seed[rows], position[rows], stream[rows], vocab_size, DOMAIN_TAIL) * needs_tail[rows]
+        low[rows] = words(seed[rows], position[rows], stream[rows], vocab_size, domain + DOMAIN_TAIL) * needs_tail[rows]
     e = exponential(word, low)
     return Noise(word, low, e, log(e))

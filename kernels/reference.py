@@ -13,8 +13,12 @@ from torch import Tensor
 from . import checks
 from .reference_beam import beam_select
 from .reference_sample import sample
+from .reference_verify import masses, verify_block, verify_drafts
 
-__all__ = ["beam_select", "embed", "linear", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable"]
+__all__ = [
+    "beam_select", "embed", "linear", "masses", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable",
+    "verify_block", "verify_drafts",
+]  # fmt: skip
 
 
 def unavailable(device_type: str) -> str | None:
@@ -119,18 +123,26 @@ def paged_attention(
     *,
     scale: float,
     window: int = 0,
+    tree_start: Tensor | None = None,
+    ancestors: Tensor | None = None,
 ) -> Tensor:
-    sizes = checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window)
+    sizes = checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors)
     start, context = query_start.tolist(), context_len.tolist()
     _check_batch(start, context, q.shape[0], block_table.shape[1] * sizes.block_size)
+    trees = [-1] * len(context) if tree_start is None else tree_start.tolist()
     num_heads, head_dim = q.shape[1], q.shape[2]
     out = torch.empty_like(q)
     for s, length in enumerate(context):
         queries = start[s + 1] - start[s]
         if queries == 0:
             continue
-        oldest = max(0, length - queries + 1 - window) if window else 0  # that any row of this sequence sees
-        first_block = oldest // sizes.block_size
+        committed, paths = length - queries, None
+        if ancestors is not None and trees[s] != -1:
+            committed = trees[s]
+            paths = _paths(ancestors[start[s] : start[s + 1]].tolist(), s, start[s], length, committed)
+        first_end = committed + (1 if paths is None else len(paths[0]))
+        oldest = max(0, first_end - window) if window else 0  # that any row of this sequence sees
+        first_block = min(oldest, committed) // sizes.block_size
         blocks = block_table[s, first_block : -(-length // sizes.block_size)]
         _check_range(f"block_table[{s}, {first_block}:]", blocks, 0, sizes.num_blocks)
         blocks = blocks.long()
@@ -138,12 +150,13 @@ def paged_attention(
         keys = key_cache[blocks].permute(1, 0, 2, 4, 3).reshape(sizes.num_kv_heads, -1, head_dim).float()
         values = value_cache[blocks].transpose(0, 1).reshape(sizes.num_kv_heads, -1, head_dim).float()
         for i in range(queries):
-            end = length - queries + i + 1
-            first = max(0, end - window) if window else 0
-            seen = slice(first - first_block * sizes.block_size, end - first_block * sizes.block_size)
+            path = torch.arange(i + 1) if paths is None else torch.tensor(paths[i])
+            seen = torch.cat((torch.arange(committed), committed + path))[-window:]  # all of them if 0
+            seen = (seen - first_block * sizes.block_size).to(q.device)
             grouped = q[start[s] + i].view(sizes.num_kv_heads, num_heads // sizes.num_kv_heads, head_dim)
-            scores = grouped @ keys[:, seen].transpose(1, 2) * scale
-            out[start[s] + i] = (scores.softmax(dim=-1) @ values[:, seen]).view(num_heads, head_dim)
+            # Copies: how the product of a view rounds may depend on its strides, and so on the other rows of the sequence.
+            scores = grouped @ keys.index_select(1, seen).transpose(1, 2) * scale
+            out[start[s] + i] = (scores.softmax(dim=-1) @ values.index_select(1, seen)).view(num_heads, head_dim)
     return out
 
 
@@ -151,12 +164,32 @@ def _check_batch(start: list[int], context: list[int], rows: int, capacity: int)
     """The ragged batch must cover the query rows in order, and each sequence fit its blocks."""
     if start[0] != 0 or start[-1] != rows:
         raise ValueError(f"query_start must run from 0 to the {rows} rows of q, got {start[0]} to {start[-1]}")
+    for s in range(len(context)):
+        if start[s + 1] < start[s]:
+            raise ValueError(f"query_start must not decrease, got {start[s]} then {start[s + 1]} at sequence {s}")
     for s, length in enumerate(context):
         queries = start[s + 1] - start[s]
-        if queries < 0:
-            raise ValueError(f"query_start must not decrease, got {start[s]} then {start[s + 1]} at sequence {s}")
         if not queries <= length <= capacity:
             raise ValueError(f"context_len[{s}] must be in [{queries} queries, {capacity} slots of block_table], got {length}")
+
+
+def _paths(ancestors: list[int], sequence: int, first_row: int, context: int, tree: int) -> list[list[int]]:
+    """The nodes that each row of a tree sees, in order."""
+    lowest, first_query = max(0, context - checks.MAX_TREE_TOKENS), context - len(ancestors)
+    if not lowest <= tree <= first_query:
+        raise ValueError(
+            f"tree_start[{sequence}] must be -1 or in [{lowest}, {first_query}] (a tree has at most {checks.MAX_TREE_TOKENS} tokens, all "
+            f"queries among them), got {tree}"
+        )
+    paths: list[list[int]] = []
+    for i, mask in enumerate(ancestors):
+        node, bits, name = first_query + i - tree, mask % 2**64, f"ancestors[{first_row + i}]"
+        if bits >> node != 1:
+            raise ValueError(f"{name} must have its own bit {node} as its highest, got {bits:#x}")
+        paths.append([j for j in range(node + 1) if bits >> j & 1])
+        if i > 0 and len(paths[i]) < len(paths[i - 1]):
+            raise ValueError(f"{name} must be at least as deep as the row before it, got {len(paths[i])} nodes after {len(paths[i - 1])}")
+    return paths
 
 
 def silu_mul(x: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks_sample, fixed_math
 from . import noise as noise_law
-from .api import STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, EndTokens, LogitBias, Penalties, SampleResult
+from .api import GREEDY_BELOW, STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, EndTokens, LogitBias, Penalties, SampleResult
 
-GREEDY_BELOW = 1e-5  # temperatures below this are greedy
 _SMALLEST_NORMAL = 2.0**-126  # fixed_math.log takes no smaller number: such a min_p is off
 _MAX_ELEMENTS = 1 << 20  # of a group of rows worked on at once: bounds the memory of the noise
 
@@ -38,17 +38,27 @@ def sample(
     checks_sample.sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
     )  # fmt: skip
-    vocab = logits.shape[1]
-    checks_sample.values(vocab, temperature, top_p, min_p, penalties, bias, end_tokens)
+    checks_sample.values(logits.shape[1], temperature, top_p, min_p, penalties, bias, end_tokens)
     results = []
-    for part in torch.arange(len(logits), device=logits.device).split(max(1, _MAX_ELEMENTS // vocab)):
-        raw = logits[part].float()
-        x = adjust(raw, part.tolist(), position, penalties, bias, end_tokens, allowed)
-        results.append(
-            _sample(raw, x, temperature[part], top_k[part], top_p[part], min_p[part], seed[part], position[part], stream[part], logprobs)
-        )
+    for part, raw, x in parts(logits, position, penalties, bias, end_tokens, allowed):
+        drawn_from = distribution(raw, x, temperature[part], top_k[part], top_p[part], min_p[part])
+        results.append(_sample(raw, drawn_from, seed[part], position[part], stream[part], logprobs))
     columns = (None if column[0] is None else torch.cat(column) for column in zip(*results, strict=True))
     return SampleResult(*columns)  # type: ignore[arg-type]
+
+
+def parts(
+    logits: Tensor,
+    position: Tensor,
+    penalties: Penalties | None,
+    bias: LogitBias | None,
+    end_tokens: EndTokens | None,
+    allowed: Tensor | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A few rows at a time: which, as given, and after ``adjust``."""
+    for part in torch.arange(len(logits), device=logits.device).split(max(1, _MAX_ELEMENTS // logits.shape[1])):
+        raw = logits[part].float()
+        yield part, raw, adjust(raw, part.tolist(), position, penalties, bias, end_tokens, allowed)
 
 
 def adjust(
@@ -86,36 +96,41 @@ def _entries(token: Tensor, start: Tensor, row: int, *more: Tensor) -> tuple[Ten
     return token[mine].long(), tuple(t[mine] for t in more)
 
 
-def _sample(
-    raw: Tensor,
-    x: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    stream: Tensor,
-    logprobs: int | None,
-) -> SampleResult:
-    """Steps 3 to 7 for a few rows."""
-    vocab = raw.shape[1]
+class Distribution(NamedTuple):
+    """What some rows are drawn from."""
+
+    z: Tensor  # float32 [R, V]
+    largest: Tensor  # float32 [R, 1]: of z
+    weight: Tensor  # int64 [R, V]: of z - largest, as if nothing were filtered; 0 in a row without a token or with +inf
+    kept: Tensor  # bool [R, V]; in a greedy row all that can be drawn, in one with +inf those
+    greedy: Tensor  # bool [R, 1]
+    status: Tensor  # int32 [R]
+
+
+def distribution(raw: Tensor, x: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Distribution:
+    """Steps 3 to 6 for a few rows: ``raw`` as given, ``x`` after ``adjust``."""
     greedy = (temperature < GREEDY_BELOW)[:, None]
     z = x / torch.where(greedy, 1.0, temperature[:, None])
     status = torch.full_like(top_k, STATUS_OK)
     status[(z == -math.inf).all(dim=1)] = STATUS_NOTHING_ALLOWED
     status[raw.isnan().any(dim=1)] = STATUS_NAN
-    ok = status == STATUS_OK
 
     largest = z.amax(dim=1, keepdim=True)
     # Where the largest is +inf only such tokens count; rows without a token get any finite number, and are dropped in the end.
-    weight = fixed_math.weight(torch.where(ok[:, None] & (largest < math.inf), z - largest, -math.inf))
+    ok = (status == STATUS_OK)[:, None]
+    weight = fixed_math.weight(torch.where(ok & (largest < math.inf), z - largest, -math.inf))
     kept = _filter(z, largest, weight, top_k, top_p, min_p) & (z > -math.inf)
     kept = torch.where(greedy, z > -math.inf, kept)
     kept = torch.where(largest == math.inf, z == largest, kept)
+    return Distribution(z, largest, weight, kept, greedy, status)
 
-    score = z - noise_law.noise(seed, position, stream, vocab).log_exponential
+
+def _sample(raw: Tensor, d: Distribution, seed: Tensor, position: Tensor, stream: Tensor, logprobs: int | None) -> SampleResult:
+    """Step 7 for a few rows, and their log-probabilities."""
+    z, largest, weight, kept, greedy, status = d
+    score = z - noise_law.noise(seed, position, stream, raw.shape[1]).log_exponential
     token = torch.where(greedy, z, score.masked_fill(~kept, -math.inf)).argmax(dim=1)  # the first of several maxima
+    ok = status == STATUS_OK
     token = torch.where(ok, token, -1)
     if logprobs is None:
         return SampleResult(token, status)
@@ -125,9 +140,9 @@ def _sample(
     processed = torch.where(largest == math.inf, _log_softmax(z), processed)
     chosen: list[Tensor] = []
     tops: list[Tensor] = []
-    for values, distribution in ((raw, _log_softmax(raw)), (z.masked_fill(~kept, -math.inf), processed)):
-        chosen.append(torch.where(ok, distribution.gather(1, token.clamp(min=0)[:, None])[:, 0], math.nan).float())
-        tops += _top(values, distribution, ok, logprobs)
+    for values, log_probability in ((raw, _log_softmax(raw)), (z.masked_fill(~kept, -math.inf), processed)):
+        chosen.append(torch.where(ok, log_probability.gather(1, token.clamp(min=0)[:, None])[:, 0], math.nan).float())
+        tops += _top(values, log_probability, ok, logprobs)
     return SampleResult(token, status, *chosen, *tops)
 
 
@@ -163,11 +178,11 @@ def _log_softmax(x: Tensor) -> Tensor:
     return torch.where(infinite > 0, among_infinite, x.double().log_softmax(dim=1))
 
 
-def _top(values: Tensor, distribution: Tensor, ok: Tensor, n: int) -> list[Tensor]:
+def _top(values: Tensor, log_probability: Tensor, ok: Tensor, n: int) -> list[Tensor]:
     """The ``n`` largest of ``values`` (lowest id first on ties): tokens int64 and log-probabilities float32 ``[R, n]``."""
     if n == 0:
         return []
     ordered = values.sort(dim=1, descending=True, stable=True)
     tokens = ordered.indices[:, :n]
     there = ok[:, None] & (ordered.values[:, :n] > -math.inf)
-    return [torch.where(there, tokens, -1), torch.where(there, distribution.gather(1, tokens), -math.inf).float()]
+    return [torch.where(there, tokens, -1), torch.where(there, log_probability.gather(1, tokens), -math.inf).float()]

@@ -32,6 +32,9 @@ class Ops:
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
     beam_select: Callable[..., Any]
+    verify_drafts: Callable[..., Any]
+    masses: Callable[..., Any]
+    verify_block: Callable[..., Any]
     chosen: dict[str, str]  # op name -> backend name
 
 

@@ -13,8 +13,10 @@
 
 namespace engine {
 
-constexpr uint32_t kDomainSample = 0;  // words of the draw itself
-constexpr uint32_t kDomainTail = 4;    // the 32 further bits of a word below kTailWords
+constexpr uint32_t kDomainSample = 0;    // words of the draw itself
+constexpr uint32_t kDomainCoin = 1;      // of the decisions of verify_block,
+constexpr uint32_t kDomainResidual = 2;  // and of its last draw
+constexpr uint32_t kDomainTail = 4;      // added to a domain: the 32 further bits of its words (of the draws those below kTailWords)
 constexpr uint32_t kTailWords = 256;
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers of words 0 and 2

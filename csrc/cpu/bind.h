@@ -45,5 +45,6 @@ void bind_beam(py::module_& m);
 void bind_elementwise(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_sample(py::module_& m);
+void bind_verify(py::module_& m);
 
 }  // namespace engine

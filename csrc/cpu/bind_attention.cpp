@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -18,23 +19,74 @@ constexpr int64_t kInlineMerge = 256 * 1024;  // partial elements, likewise
 
 std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
-// The indices inside the tensors: every block that will be read must exist.
-void check_batch(const AttentionArgs& a, const int32_t* query_start, const int32_t* context_len, int64_t tokens, int64_t sequences,
-                 int64_t num_blocks) {
+// The ragged batch: which query rows and tokens each sequence has, and which end in a tree of drafts.
+struct Batch {
+    const int32_t* query_start;  // [sequences + 1]
+    const int32_t* context_len;  // [sequences]
+    const int32_t* tree_start;   // [sequences], or null with ancestors: no trees
+    const uint64_t* ancestors;   // [tokens]
+    int64_t tokens, sequences;
+
+    // Sequence s; whole, as one tile.
+    AttentionItem sequence(int64_t s, int64_t group) const {
+        AttentionItem item{};
+        item.sequence = s;
+        item.first_token = query_start[s];
+        item.queries = int64_t{query_start[s + 1]} - query_start[s];
+        item.context = context_len[s];
+        if (tree_start != nullptr && tree_start[s] != -1) {
+            item.ancestors = ancestors + item.first_token;
+            item.tree_start = tree_start[s];
+        }
+        item.row_end = item.queries * group;
+        item.partial_offset = -1;
+        return item;
+    }
+};
+
+void check_tree(const AttentionItem& item) {
+    const int64_t lowest = std::max<int64_t>(0, item.context - kMaxTreeTokens), first_query = item.context - item.queries;
+    if (item.tree_start < lowest || item.tree_start > first_query)
+        bad(entry("tree_start", item.sequence) + " must be -1 or in [" + std::to_string(lowest) + ", " + std::to_string(first_query) +
+            "] (a tree has at most " + std::to_string(kMaxTreeTokens) + " tokens, all queries among them), got " +
+            std::to_string(item.tree_start));
+    for (int64_t i = 0; i < item.queries; ++i) {
+        const int64_t node = first_query + i - item.tree_start;
+        const uint64_t bits = item.ancestors[i];
+        if (bits >> node != 1) {
+            char hex[24];
+            std::snprintf(hex, sizeof hex, "0x%llx", static_cast<unsigned long long>(bits));
+            bad(entry("ancestors", item.first_token + i) + " must have its own bit " + std::to_string(node) + " as its highest, got " +
+                hex);
+        }
+        if (i > 0 && __builtin_popcountll(bits) < __builtin_popcountll(item.ancestors[i - 1]))
+            bad(entry("ancestors", item.first_token + i) + " must be at least as deep as the row before it, got " +
+                std::to_string(__builtin_popcountll(bits)) + " nodes after " + std::to_string(__builtin_popcountll(item.ancestors[i - 1])));
+    }
+}
+
+// The values inside the tensors: every block that will be read must exist.
+void check_batch(const AttentionArgs& a, const Batch& batch, int64_t num_blocks) {
+    const int32_t* query_start = batch.query_start;
+    const int64_t tokens = batch.tokens, sequences = batch.sequences, group = a.num_heads / a.num_kv_heads;
     if (query_start[0] != 0 || query_start[sequences] != tokens)
         bad("query_start must run from 0 to the " + std::to_string(tokens) + " rows of q, got " + std::to_string(query_start[0]) + " to " +
             std::to_string(query_start[sequences]));
-    for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t queries = int64_t{query_start[s + 1]} - query_start[s], context = context_len[s];
-        if (queries < 0)
+    for (int64_t s = 0; s < sequences; ++s)
+        if (query_start[s + 1] < query_start[s])
             bad("query_start must not decrease, got " + std::to_string(query_start[s]) + " then " + std::to_string(query_start[s + 1]) +
                 " at sequence " + std::to_string(s));
+    for (int64_t s = 0; s < sequences; ++s) {
+        const AttentionItem item = batch.sequence(s, group);
+        const int64_t queries = item.queries, context = item.context;
         if (context < queries || context > a.max_blocks * a.block_size)
             bad(entry("context_len", s) + " must be in [" + std::to_string(queries) + " queries, " +
                 std::to_string(a.max_blocks * a.block_size) + " slots of block_table], got " + std::to_string(context));
         if (queries == 0) continue;
         const int32_t* table = a.block_table + s * a.max_blocks;
-        const int64_t oldest = a.window > 0 ? std::max<int64_t>(0, context - queries + 1 - a.window) : 0;
+        if (item.ancestors != nullptr) check_tree(item);
+        int64_t oldest = attention_range(item, group, a.window, 0).begin;
+        if (item.ancestors != nullptr) oldest = std::min(oldest, item.tree_start);  // all nodes are read, also out of the window
         for (int64_t b = oldest / a.block_size; b < (context + a.block_size - 1) / a.block_size; ++b) {
             if (table[b] < 0 || table[b] >= num_blocks)
                 bad("block_table[" + std::to_string(s) + ", " + std::to_string(b) + "] must be in [0, " + std::to_string(num_blocks) +
@@ -55,7 +107,7 @@ int64_t tile_tokens(const AttentionItem& tile, int64_t group, int64_t window) {
     return attention_range(tile, group, window, tile.row_end - 1).end - attention_range(tile, group, window, tile.row_begin).begin;
 }
 
-void make_plan(const AttentionArgs& a, const int32_t* query_start, const int32_t* context_len, int64_t sequences, Plan* plan) {
+void make_plan(const AttentionArgs& a, const Batch& batch, Plan* plan) {
     plan->items.clear();
     plan->merges.clear();
     plan->work = plan->partial_floats = 0;
@@ -65,16 +117,10 @@ void make_plan(const AttentionArgs& a, const int32_t* query_start, const int32_t
     static thread_local std::vector<AttentionItem> tiles;
     tiles.clear();
     int64_t cost = 0;
-    for (int64_t s = 0; s < sequences; ++s) {
-        const int64_t queries = query_start[s + 1] - query_start[s], rows = queries * group;
-        const int64_t height = rows <= kAttentionMaxRows ? rows : kPrefillRows;
+    for (int64_t s = 0; s < batch.sequences; ++s) {
+        AttentionItem tile = batch.sequence(s, group);
+        const int64_t rows = tile.row_end, height = rows <= kAttentionMaxRows ? rows : kPrefillRows;
         for (int64_t end = rows; end > 0;) {
-            AttentionItem tile{};
-            tile.sequence = s;
-            tile.first_token = query_start[s];
-            tile.partial_offset = -1;
-            tile.queries = queries;
-            tile.context = context_len[s];
             tile.row_begin = (end - 1) / height * height;
             tile.row_end = end;
             tile.split_begin = attention_range(tile, group, a.window, tile.row_begin).begin / kAttentionSplit;
@@ -111,8 +157,9 @@ void make_plan(const AttentionArgs& a, const int32_t* query_start, const int32_t
 }
 
 void paged_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, int dtype, uintptr_t block_table, uintptr_t query_start,
-                     uintptr_t context_len, uintptr_t out, int64_t tokens, int64_t sequences, int64_t max_blocks, int64_t num_blocks,
-                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, float scale, int64_t window) {
+                     uintptr_t context_len, uintptr_t tree_start, uintptr_t ancestors, uintptr_t out, int64_t tokens, int64_t sequences,
+                     int64_t max_blocks, int64_t num_blocks, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
+                     float scale, int64_t window) {
     const Computing computing;
     AttentionArgs args{};
     args.q = as<const float>(q);
@@ -128,12 +175,17 @@ void paged_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, in
     args.block_size = block_size;
     args.window = window;
     args.scale = scale;
-    const int32_t* start = as<const int32_t>(query_start);
-    const int32_t* context = as<const int32_t>(context_len);
-    check_batch(args, start, context, tokens, sequences, num_blocks);
+    Batch batch{};
+    batch.query_start = as<const int32_t>(query_start);
+    batch.context_len = as<const int32_t>(context_len);
+    batch.tree_start = as<const int32_t>(tree_start);
+    batch.ancestors = as<const uint64_t>(ancestors);
+    batch.tokens = tokens;
+    batch.sequences = sequences;
+    check_batch(args, batch, num_blocks);
     static thread_local Plan plan;
     Plan& mine = plan;  // the lambdas run on other threads, which have a `plan` of their own
-    make_plan(args, start, context, sequences, &mine);
+    make_plan(args, batch, &mine);
     if (mine.partial_floats > 0)
         args.partials = static_cast<float*>(scratch(kCallScratch, mine.partial_floats * static_cast<int64_t>(sizeof(float))));
     const Kernels& kernels = active();

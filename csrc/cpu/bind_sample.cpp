@@ -11,9 +11,9 @@ void check_values(const SampleArgs& a) {
     check_lists(a.lists, a.rows, a.vocab);
 }
 
-// Addresses of tensors, in the order of kernels/api.py.
-void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
-            const ListAddresses& lists, int64_t top, const std::array<uintptr_t, 8>& results) {
+// Addresses of tensors, in the order of kernels/api.py; those of seed and stream may be zeros.
+SampleArgs arguments(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
+                     const ListAddresses& lists) {
     SampleArgs a{};
     a.logits = as<const void>(logits);
     a.dtype = static_cast<DType>(dtype);
@@ -28,6 +28,13 @@ void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64
     a.position = as<const int32_t>(row[5]);
     a.stream = as<const int32_t>(row[6]);
     a.lists = token_lists(lists);
+    check_values(a);
+    return a;
+}
+
+void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
+            const ListAddresses& lists, int64_t top, const std::array<uintptr_t, 8>& results) {
+    SampleArgs a = arguments(logits, dtype, row_stride, rows, vocab, row, lists);
     a.tokens = as<int64_t>(results[0]);
     a.status = as<int32_t>(results[1]);
     a.logprobs = as<float>(results[2]);
@@ -37,9 +44,16 @@ void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64
     a.top_logprobs = as<float>(results[5]);
     a.processed_top_tokens = as<int64_t>(results[6]);
     a.processed_top_logprobs = as<float>(results[7]);
-    check_values(a);
     const Computing computing;
     active().sample(a);
+}
+
+void masses(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
+            const ListAddresses& lists, uintptr_t masses, uintptr_t status) {
+    SampleArgs a = arguments(logits, dtype, row_stride, rows, vocab, row, lists);
+    a.status = as<int32_t>(status);
+    const Computing computing;
+    active().masses(a, as<int64_t>(masses));
 }
 
 // For tests: the intermediates of the noise and of the masses.
@@ -57,6 +71,7 @@ void weights_of_values(uintptr_t values, int64_t n, uintptr_t weights) {
 
 void bind_sample(py::module_& m) {
     m.def("sample", &sample);
+    m.def("masses", &masses);
     m.def("noise_of_row", &noise_of_row);
     m.def("noise_of_words", &noise_of_words);
     m.def("weights_of_values", &weights_of_values);

@@ -8,6 +8,8 @@ namespace engine {
 
 enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };  // the same numbers as in kernels/cpu.py
 
+constexpr int32_t kOk = 0, kNan = 1, kNothingAllowed = 2;  // STATUS_* of kernels/api.py
+
 // ---- linear (isa/linear.cpp) ----
 struct LinearSegment {
     const void* weight;  // [n, k] row-major, of LinearArgs::dtype
@@ -29,6 +31,7 @@ struct LinearArgs {
 constexpr int kSubBlock = 16;          // tokens that lie side by side in the key cache
 constexpr int kAttentionSplit = 512;   // tokens whose softmax is taken on its own; a multiple of kSubBlock
 constexpr int kAttentionMaxRows = 64;  // of a work item
+constexpr int kMaxTreeTokens = 64;     // as many as a row of `ancestors` has bits
 struct AttentionArgs {
     const float* q;           // [T, num_heads, head_dim]
     const void* key_cache;    // [num_blocks, num_kv_heads, block_size / 16, head_dim, 16] of dtype
@@ -44,19 +47,23 @@ struct AttentionArgs {
 struct AttentionItem {
     int64_t sequence, kv_head;
     int64_t first_token, queries, context;  // the sequence's query tokens are rows first_token.. of q, the last of `context` tokens
-    int64_t row_begin, row_end;             // at most kAttentionMaxRows rows
+    const uint64_t* ancestors;              // of each query token, when the tokens from tree_start on are a tree; null: causal
+    int64_t tree_start;
+    int64_t row_begin, row_end;  // at most kAttentionMaxRows rows
     int64_t split_begin, split_end;
     // -1: finish the rows. Else where in AttentionArgs::partials this tile's splits are left for attention_merge:
     // [split - partial_split][row - row_begin][head_dim + 2], each a weighted sum of values, its maximum score and its weight.
     int64_t partial_offset, partial_split;
 };
-// The tokens [begin, end) that a row sees.
+// The positions [begin, end) that a row sees. From tree_start on they are not those of the cache: they count the nodes of the row's path.
 struct AttentionRange {
     int64_t begin, end;
 };
 inline __attribute__((always_inline)) AttentionRange attention_range(const AttentionItem& item, int64_t group, int64_t window,
                                                                      int64_t row) {
-    const int64_t end = item.context - item.queries + row / group + 1;
+    const int64_t query = row / group;
+    const int64_t end =
+        item.ancestors == nullptr ? item.context - item.queries + query + 1 : item.tree_start + __builtin_popcountll(item.ancestors[query]);
     return {window > 0 && end > window ? end - window : 0, end};
 }
 
@@ -80,6 +87,7 @@ struct TokenLists {
     const int32_t* min_position;  // [rows]
     const uint32_t* allowed;      // [rows, ceil(vocab / 32)], or null
 };
+// Of masses too, which has no seed and stream, and of the results only the status.
 struct SampleArgs {
     const void* logits;  // [rows, vocab] of dtype, rows row_stride elements apart
     DType dtype;
@@ -101,6 +109,23 @@ struct SampleArgs {
     float* top_logprobs;
     int64_t* processed_top_tokens;
     float* processed_top_logprobs;
+};
+
+// ---- verify_block (isa/verify.cpp; likewise) ----
+struct VerifyBlockArgs {
+    const int64_t* target;  // [rows, vocab]
+    const int32_t* status;  // [rows]
+    const int64_t* proposal;
+    const int32_t* draft;  // [rows], within [0, vocab) where they are looked at
+    const int32_t* start;  // [sequences + 1]
+    int64_t rows, sequences, vocab;
+    const int64_t* seed;  // [sequences]
+    const int32_t* position;
+    const int32_t* stream;
+    int32_t* num_accepted;  // [sequences]
+    int32_t* path;          // [rows]
+    int64_t* tokens;        // [sequences]
+    int32_t* outcome;       // [sequences]: status of the result
 };
 
 // ---- beam_select (isa/beam.cpp; likewise) ----
@@ -159,9 +184,11 @@ struct Kernels {
     float (*read_floats)(const float* data, int64_t count);
     int64_t (*multiply_adds)(int64_t tasks, int64_t rounds);
 
-    // ---- sample, beam_select ----
+    // ---- sample, beam_select, verify_block ----
     void (*sample)(const SampleArgs& args);
     void (*beam_select)(const BeamArgs& args);
+    void (*masses)(const SampleArgs& args, int64_t* masses);  // [rows, vocab]
+    void (*verify_block)(const VerifyBlockArgs& args);
     // The words of a row's tokens and, where a word is below kTailWords, their tails (else 0).
     void (*noise_of_row)(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
     // E and log(E) of n words.

@@ -26,4 +26,5 @@ PYBIND11_MODULE(_cpu, m) {
     engine::bind_elementwise(m);
     engine::bind_limits(m);
     engine::bind_sample(m);
+    engine::bind_verify(m);
 }

@@ -44,6 +44,7 @@ def go_on(choice: Choice, pool: BlockPool) -> None:
         child.block_table = table
     request.beams, request.searches = children, choice.searches
     request.note_first_token()
+    request.num_forwards += 1
     finished = _finished(request)
     if not children:
         _end(request, finished)

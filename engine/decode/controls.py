@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..kernels import GREEDY_BELOW
 from ..params import SamplingParams
 from ..request import TokenSequence
 
@@ -34,6 +35,7 @@ class Controls:
         vocab_size: int,
     ) -> None:
         self.temperature = params.draw_temperature
+        self.greedy = self.temperature < GREEDY_BELOW
         self.top_k = params.draw_top_k
         self.top_p = 1.0 if params.top_p is None else float(params.top_p)
         self.min_p = 0.0 if params.min_p is None else float(params.min_p)
@@ -59,11 +61,14 @@ class Controls:
         self._bias_columns = array("i", self._bias), array("f", self._bias.values())
         self._ngram_size = params.no_repeat_ngram_size
 
-    def bias(self, tokens: list[int], penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
-        """Distinct ids and what is added to their logits after ``tokens``; ``penalised``: what is subtracted from some besides."""
-        banned = {last for before, last in self._words.get(tokens[-1], ()) if tokens[-len(before) :] == before}
+    def bias(self, sequence: TokenSequence, penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
+        """Distinct ids and what is added to their next logits; ``penalised``: what is subtracted from some besides."""
+        banned: set[int] = set()
+        if self._words:
+            tokens = sequence.tokens
+            banned |= {last for before, last in self._words.get(tokens[-1], ()) if tokens[-len(before) :] == before}
         if self._ngram_size is not None:
-            banned |= ngram_ends(tokens, self._ngram_size)
+            banned |= ngram_ends(sequence.tokens, self._ngram_size)
         if not banned and not penalised:
             return self._bias_columns
         bias = dict(self._bias)

@@ -67,13 +67,13 @@ def _penalties(rows: Sequence[TokenSequence]) -> Penalties | None:
 
 
 def _bias(rows: Sequence[TokenSequence], penalised: Sequence[Mapping[int, float]]) -> LogitBias | None:
-    columns = [row.controls.bias(row.tokens, penalties) for row, penalties in zip(rows, penalised, strict=True)]
+    columns = [row.controls.bias(row, penalties) for row, penalties in zip(rows, penalised, strict=True)]
     return LogitBias(*_join(columns)) if any(len(tokens) for tokens, _ in columns) else None
 
 
 def _end_tokens(rows: Sequence[TokenSequence]) -> EndTokens | None:
     """Only of requests that are still too short."""
-    short = [len(row.tokens) < row.controls.min_position for row in rows]
+    short = [row.num_tokens < row.controls.min_position for row in rows]
     if not any(short):
         return None
     token, start = _join([(row.controls.end_tokens if early else _NO_IDS,) for row, early in zip(rows, short, strict=True)])
@@ -97,7 +97,7 @@ def process(row: Tensor, request: TokenSequence) -> str | None:
     """Overwrite ``row`` by what the request's processors make of it; a sentence if they fail."""
     if bool(row.isnan().any()):
         return None  # the kernel will say so
-    position = len(request.tokens)
+    position = request.num_tokens
     try:
         logits = row.clone()
         for processor in request.controls.processors:
@@ -129,7 +129,7 @@ def _said(error: Exception) -> str:
 
 def failure(status: int, request: TokenSequence) -> str:
     """Why a row gave no token, as one sentence."""
-    position = len(request.tokens)
+    position = request.num_tokens
     if status == STATUS_NAN:
         return f"the model's logits for position {position} hold NaN"
     if status != STATUS_NOTHING_ALLOWED:

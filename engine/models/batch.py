@@ -21,3 +21,5 @@ class StepBatch:
     context_len: Tensor  # int32 [S], tokens in the cache after this step
     block_table: Tensor  # int32 [S, max_blocks]
     logit_rows: Tensor  # int64 [R], which of the T tokens need a row of logits
+    tree_start: Tensor | None = None  # int32 [S] and int64 [T] of kernels.paged_attention, where a sequence ends in a tree of drafts
+    ancestors: Tensor | None = None

@@ -78,8 +78,9 @@ class Transformer:
                 interleaved=interleaved, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps,
             )  # fmt: skip
             attended = ops.paged_attention(
-                q, key, value, batch.block_table, batch.query_start, batch.context_len, scale=scale, window=config.windows[i]
-            )
+                q, key, value, batch.block_table, batch.query_start, batch.context_len, scale=scale, window=config.windows[i],
+                tree_start=batch.tree_start, ancestors=batch.ancestors,
+            )  # fmt: skip
             # x is this call's own tensor, so the sum may be written over it
             linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
             gate_up = linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, layer.gate_up_bias)

@@ -12,9 +12,15 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select")
+OPS = ("sample", "beam_select", "verify_drafts")
 # Where they and what belongs to them are.
-_MODULES = {"sample": "sampler", "Workspace": "sampler", "beam_select": "beam", "BeamWorkspace": "beam"}
+_MODULES = {
+    "sample": "sampler",
+    "Workspace": "sampler",
+    "beam_select": "beam",
+    "BeamWorkspace": "beam",
+    "verify_drafts": "verify",
+}
 
 
 def _interpreted() -> bool:

@@ -2,7 +2,7 @@
 
 Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. The variants
 are those that calls of ``sample`` and ``beam_select`` specialise to: argument dtypes, what is absent, and whether sizes are multiples of
-16.
+16. ``verify_drafts`` knows no others.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..api import EndTokens, LogitBias, Penalties
-from . import beam, sampler
+from ..api import EndTokens, LogitBias, Penalties, VerifyResult
+from . import beam, sampler, verify
 from .launch import WARPS, Launch
 
 ARCHITECTURES = (80, 90)
@@ -72,7 +72,7 @@ class Usage(NamedTuple):
 
 
 def _launches(v: Variant) -> Iterator[Launch]:
-    """The launches of both calls on meta tensors."""
+    """The launches of all calls on meta tensors."""
 
     def make(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -97,6 +97,7 @@ def _launches(v: Variant) -> Iterator[Launch]:
     beams = beam.BeamWorkspace(rows, v.vocab, groups, candidates, "meta", lists=v.lists)
     call = [beams, logits, floats, make(i32, groups + 1), candidates, floats, ints, ints, *draw, *lists]
     yield from beam.launches(*call)
+    yield from verify.launches(VerifyResult(ints, ints), seed, ints, ints, ints, make(i32, rows + 1))
 
 
 def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:

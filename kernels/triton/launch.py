@@ -31,6 +31,7 @@ WARPS = {
     "beam_bound": 16,
     "beam_gather": 8,
     "beam_finish": 8,
+    "verify_walk": 1,
 }
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")
 
@@ -42,10 +43,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def check_device(device: torch.device) -> None:
-    """Raise ``ValueError`` unless the kernels run on ``device``."""
+def check_device(device: torch.device, name: str = "logits") -> None:
+    """Raise ``ValueError`` unless the kernels run on ``device``, that of the argument ``name``."""
     if not (device.type == "cuda" or isinstance(sample_scan, InterpretedFunction)):
-        raise ValueError(f"logits is on {device}; these kernels run on cuda (on cpu only in Triton's interpreter)")
+        raise ValueError(f"{name} is on {device}; these kernels run on cuda (on cpu only in Triton's interpreter)")
 
 
 def check_same_device(workspace: torch.device, device: torch.device) -> None:

@@ -47,6 +47,7 @@ _ANY_ALIGNMENT = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "stream",
     "repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start",
     "bias_token", "bias_value", "bias_start", "end_token", "end_position", "end_start", "allowed", "scores", "group_start",
+    "draft", "parent", "start",
 )  # fmt: skip
 
 _GREEDY_BELOW = tl.constexpr(law.GREEDY_BELOW)

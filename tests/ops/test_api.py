@@ -18,6 +18,8 @@ import torch
 from engine import kernels
 from engine.kernels import api, registry
 
+TRITON_OPS = ("sample", "beam_select", "verify_drafts")
+
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Iterator[None]:
@@ -127,7 +129,7 @@ def test_a_backend_asked_for_by_name_serves_the_ops_it_has(monkeypatch: pytest.M
     expected = "cpu" if kernels.backends("cpu")["cpu"] is None else "reference"
     assert kernels.select("cpu").chosen == dict.fromkeys(registry.OP_NAMES, expected)
     ops = kernels.select("cpu", "triton")
-    assert ops.chosen == {op: "triton" if op in ("sample", "beam_select") else expected for op in registry.OP_NAMES}
+    assert ops.chosen == {op: "triton" if op in TRITON_OPS else expected for op in registry.OP_NAMES}
     assert ops.sample is _backend("triton").sample
 
 
@@ -136,7 +138,7 @@ def test_a_gpu_gets_triton_and_one_line_about_the_rest(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with caplog.at_level(logging.WARNING, logger="engine.kernels"):
         ops = kernels.select("cuda")
-    assert ops.chosen == {op: "triton" if op in ("sample", "beam_select") else "reference" for op in registry.OP_NAMES}
+    assert ops.chosen == {op: "triton" if op in TRITON_OPS else "reference" for op in registry.OP_NAMES}
     assert len(caplog.records) == 1
     assert "'reference' serves embed, " in caplog.text and "triton: has none of them" in caplog.text
 

@@ -6,12 +6,13 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
+from attention_cases import NAN, Batch, assert_close, make_batch, only
 from torch import Tensor
 
 from engine import kernels
@@ -22,8 +23,6 @@ HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2))
 CONTEXTS: tuple[int, ...] = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
 QUERIES: tuple[int, ...] = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
 WINDOWS = (0, 1, 16, 100)
-GARBAGE = -123456  # in block tables where nothing may be read
-NAN = float("nan")
 
 
 @pytest.fixture
@@ -33,111 +32,6 @@ def cpu() -> Any:
     import engine.kernels.cpu
 
     return engine.kernels.cpu
-
-
-@dataclass
-class Batch:
-    """Arguments of paged_attention, and the dense keys and values they stand for."""
-
-    q: Tensor
-    key_cache: Tensor
-    value_cache: Tensor
-    block_table: Tensor
-    query_start: Tensor
-    context_len: Tensor
-    scale: float
-    window: int
-    keys: list[Tensor]  # per sequence [context, num_kv_heads, head_dim], rounded as the cache rounds
-    values: list[Tensor]
-
-    def run(self, backend: Any) -> Tensor:
-        return backend.paged_attention(
-            self.q, self.key_cache, self.value_cache, self.block_table, self.query_start, self.context_len,
-            scale=self.scale, window=self.window,
-        )  # fmt: skip
-
-    def rows(self, sequence: int) -> slice:
-        return slice(int(self.query_start[sequence]), int(self.query_start[sequence + 1]))
-
-    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The definition: masked softmax over the whole context."""
-        parts = []
-        for s, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            q = self.q[self.rows(s)].to(dtype)
-            q = q.unflatten(1, (keys.shape[1], -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, queries, head_dim]
-            keys, values = (t.to(dtype).transpose(0, 1)[:, None] for t in (keys, values))  # [num_kv_heads, 1, context, head_dim]
-            queries, context = q.shape[2], keys.shape[2]
-            i, j = torch.arange(context - queries, context)[:, None], torch.arange(context)
-            hidden = (j > i) | ((j <= i - self.window) if self.window else (j < 0))
-            scores = (q @ keys.mT * self.scale).masked_fill(hidden, -torch.inf)
-            parts.append((scores.softmax(-1) @ values).permute(2, 0, 1, 3).flatten(1, 2))
-        return torch.cat(parts)
-
-
-def make_batch(
-    contexts: Sequence[int],
-    queries: Sequence[int],
-    heads: tuple[int, int],
-    head_dim: int,
-    *,
-    block_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    window: int = 0,
-    seed: int = 0,
-) -> Batch:
-    """A random batch over blocks in random order; unused slots hold NaN, unused table entries garbage."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-    used = [-(-c // block_size) for c in contexts]
-    blocks = torch.randperm(sum(used) + 3, generator=generator)
-    shape = (len(blocks), num_kv_heads, block_size // 16, head_dim, 16)
-    key_cache = torch.full(shape, NAN, dtype=dtype)
-    value_cache = torch.full((len(blocks), num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
-    block_table = torch.full((len(contexts), max(used) + 2), GARBAGE, dtype=torch.int32)
-    keys, values = [], []
-    for s, (context, mine) in enumerate(zip(contexts, blocks.split([*used, 3]), strict=False)):
-        k, v = (torch.randn(context, num_kv_heads, head_dim, generator=generator).to(dtype) for _ in range(2))
-        token = torch.arange(context)
-        block, offset = mine[token // block_size], token % block_size
-        key_cache[block, :, offset // 16, :, offset % 16] = k
-        value_cache[block, :, offset] = v
-        block_table[s, : used[s]] = mine
-        oldest = max(0, context - queries[s] + 1 - window) if window else 0
-        block_table[s, : oldest // block_size] = GARBAGE  # slid out of every window: may have been freed
-        keys.append(k)
-        values.append(v)
-    start = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
-    q = torch.randn(sum(queries), num_heads, head_dim, generator=generator)
-    context_len = torch.tensor(contexts, dtype=torch.int32)
-    return Batch(q, key_cache, value_cache, block_table, start, context_len, head_dim**-0.5, window, keys, values)
-
-
-def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -> Batch:
-    """The query rows [first, last) of one sequence as a call of their own, when later tokens are not in the cache yet."""
-    rows = batch.q[batch.rows(sequence)]
-    last = len(rows) if last is None else last
-    context = int(batch.context_len[sequence]) - len(rows) + last
-    key_cache, value_cache = batch.key_cache.clone(), batch.value_cache.clone()
-    block_size = value_cache.shape[2]
-    token = torch.arange(context, int(batch.context_len[sequence]))
-    block, offset = batch.block_table[sequence, token // block_size].long(), token % block_size
-    key_cache[block, :, offset // 16, :, offset % 16] = NAN
-    value_cache[block, :, offset] = NAN
-    table = batch.block_table[sequence : sequence + 1].clone()
-    table[0, -(-context // block_size) :] = GARBAGE
-    start, length = torch.tensor([0, last - first], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
-    return replace(
-        batch, q=rows[first:last].contiguous(), key_cache=key_cache, value_cache=value_cache, block_table=table, query_start=start,
-        context_len=length,
-    )  # fmt: skip
-
-
-def assert_close(batch: Batch, out: Tensor) -> None:
-    exact = batch.dense()
-    error = (out - exact).abs().max().item()
-    if not error <= 1e-5:
-        allowed = 2 * (batch.dense(torch.float32) - exact).abs().max().item()
-        assert error <= allowed, f"error {error:.2e}, twice that of PyTorch in float32 {allowed:.2e}"
 
 
 def oracle_cases() -> Iterator[Batch]:
@@ -238,7 +132,7 @@ def run_oracle_cases() -> None:
         assert_close(batch, batch.run(cpu))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_other_instruction_sets(cpu: Any, isa: str) -> None:
     if isa not in cpu._cpu.supported_isas():
         pytest.skip(f"this CPU does not run {isa}")

@@ -50,7 +50,7 @@ def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | No
     assert all(1 <= s.num_tokens <= scheduler.prefill_chunk for s in plan.sequences)
     scheduler.commit(plan)
     scheduler.check()
-    rows = [row for row, _ in plan.rows]
+    rows = [row.sequence for row in plan.rows]
     for request in {row.request: None for row in rows if isinstance(row, Beam)}:
         assert [row for row in rows if isinstance(row, Beam) and row.request is request] == request.beams, "beams go on together"
         choose(scheduler, request, rng or random.Random(0))
@@ -99,7 +99,7 @@ def test_a_long_prompt_does_not_stop_the_others():
     scheduler.add(long)
     for _ in range(9):
         plan = run(scheduler)
-        assert short in [row for row, _ in plan.rows]  # a token every step while the long prompt is computed in chunks
+        assert short in [row.sequence for row in plan.rows]  # a token every step while the long prompt is computed in chunks
         assert [s.num_tokens for s in plan.sequences] == [1, 31]
 
 

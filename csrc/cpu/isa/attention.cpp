@@ -5,6 +5,11 @@
 // then folded in order (FlashDecoding, Dao et al. 2023). A row's operations depend on its own query and the absolute positions it sees,
 // never on the other rows of its tile: a score has its own accumulator, tokens a row may not see get weight exactly 0 in the sum and are
 // left out of the loop over values (their slots may hold NaN).
+//
+// Trees of drafts (tree attention, Miao et al. 2024). The nodes of a row's path stand anywhere in the tree but count as positions
+// tree_start, tree_start + 1, ... So all nodes are scored once per item, beside the split; each split takes a row's own from there to the
+// columns of their positions, and adds their values after those of the tokens before the tree, one by one in the order of the path: to
+// every accumulator the same operations as if the path were the end of a sequence. Nodes off the path are scored too but never taken.
 #include "../kernels.h"
 #include "../thread_pool.h"
 #include "attention_tiles.h"
@@ -56,8 +61,13 @@ struct Work {
     int64_t tile[kAttentionMaxRows / kTileRows + 2];  // tile i: rows [tile[i], tile[i + 1])
     float *q, *split_sums, *sums, *scores;            // scratch
     AttentionRange seen[kAttentionMaxRows];
-    int64_t oldest, newest;  // [oldest, newest) is what some row sees
+    int64_t oldest, newest;  // [oldest, newest) is what some row sees of the tokens before a tree
+    int64_t committed;       // where the tree begins, or the context ends
     Softmax states[kAttentionMaxRows];
+
+    // The sub-blocks from that in which the tree begins to the newest node of the rows; none in splits before the tree.
+    int64_t tree_count = 0;
+    const T* tree_chunks[2 * kTreeChunks];  // as `chunks`
 
     // Of the current split, which starts at token `base`:
     int64_t base, first_chunk, count;          // the sub-blocks [first_chunk, first_chunk + count) from its start are seen by some row
@@ -74,6 +84,15 @@ struct Work {
         return tensor + ((item.first_token + row / group) * a.num_heads + item.kv_head * group + row % group) * head_dim;
     }
 
+    // Call visit(column, node) for the nodes of row r's path that lie in the current split, in order: the column of their position there,
+    // and where they are among the tree's sub-blocks.
+    template <class Visit>
+    ENGINE_METHOD void visit_path(int64_t r, const Visit& visit) const {
+        int64_t column = item.tree_start - base;
+        for (uint64_t bits = item.ancestors[(item.row_begin + r) / group]; bits != 0; bits &= bits - 1, ++column)
+            if (column >= inside[r].begin && column < inside[r].end) visit(column, item.tree_start % kSubBlock + __builtin_ctzll(bits));
+    }
+
     void prepare() {
         q = static_cast<float*>(scratch(kThreadScratch, rows * (3 * head_dim + kScoreStride) * int64_t{sizeof(float)}));
         split_sums = q + rows * head_dim;
@@ -84,27 +103,44 @@ struct Work {
             for (int64_t r = tile[i]; r < tile[i + 1]; ++r)
                 spread(row_of(const_cast<float*>(a.q), r), head_dim, q + tile[i] * head_dim + r - tile[i], tile_rows(i));
         for (int64_t r = 0; r < rows; ++r) seen[r] = attention_range(item, group, a.window, item.row_begin + r);
+        committed = item.ancestors == nullptr ? item.context : item.tree_start;
         oldest = seen[0].begin;
-        newest = seen[rows - 1].end;
+        newest = min64(seen[rows - 1].end, committed);
+        if (committed < min64(item.context, item.split_end * kAttentionSplit)) score_tree();
     }
 
-    void list_chunks(int64_t split) {
-        base = split * kAttentionSplit;
-        first_chunk = max64(oldest - base, 0) / kSubBlock;
-        const int64_t last_chunk = (min64(newest - base, kAttentionSplit) + kSubBlock - 1) / kSubBlock;
-        count = last_chunk - first_chunk;
-        const int64_t start = base / kSubBlock + first_chunk, per_block = a.block_size / kSubBlock;
+    // Where the keys, then the values, of n sub-blocks lie, from the sequence's sub-block `start` on.
+    void list_chunks(int64_t start, int64_t n, const T** target) const {
+        const int64_t per_block = a.block_size / kSubBlock;
         const int32_t* block = a.block_table + item.sequence * a.max_blocks + start / per_block;
         int64_t sub_block = start % per_block;
-        for (int64_t c = 0; c < count; ++c) {
+        for (int64_t c = 0; c < n; ++c) {
             const int64_t offset = ((*block * a.num_kv_heads + item.kv_head) * per_block + sub_block) * kSubBlock * head_dim;
-            chunks[c] = static_cast<const T*>(a.key_cache) + offset;
-            chunks[count + c] = static_cast<const T*>(a.value_cache) + offset;
+            target[c] = static_cast<const T*>(a.key_cache) + offset;
+            target[n + c] = static_cast<const T*>(a.value_cache) + offset;
             if (++sub_block == per_block) {
                 sub_block = 0;
                 ++block;
             }
         }
+    }
+
+    void score_tree() {
+        const int64_t start = item.tree_start / kSubBlock, end = item.context - item.queries + (item.row_end - 1) / group + 1;
+        tree_count = (end + kSubBlock - 1) / kSubBlock - start;
+        list_chunks(start, tree_count, tree_chunks);
+        for (int64_t c = 0; c < tree_count; ++c)
+            for (int64_t i = 0; i < tiles; ++i)
+                score_rows<T>(tile_rows(i), q + tile[i] * head_dim, tree_chunks + c, head_dim, a.scale,
+                              scores + tile[i] * kScoreStride + kAttentionSplit + c * kSubBlock);
+    }
+
+    void enter_split(int64_t split) {
+        base = split * kAttentionSplit;
+        first_chunk = max64(oldest - base, 0) / kSubBlock;
+        const int64_t last_chunk = (min64(newest - base, kAttentionSplit) + kSubBlock - 1) / kSubBlock;
+        count = max64(last_chunk - first_chunk, 0);  // a split may hold nothing but nodes
+        list_chunks(base / kSubBlock + first_chunk, count, chunks);
     }
 
     void compute_scores() {
@@ -133,8 +169,10 @@ struct Work {
     void compute_weights() {
         for (int64_t r = 0; r < rows; ++r) {
             inside[r] = {max64(seen[r].begin - base, 0), min64(seen[r].end - base, kAttentionSplit)};
-            if (inside[r].begin < inside[r].end)
-                softmax_split(scores + r * kScoreStride, inside[r].begin, inside[r].end, &splits[r].maximum, &splits[r].weight);
+            if (inside[r].begin >= inside[r].end) continue;
+            float* row = scores + r * kScoreStride;
+            if (tree_count > 0) visit_path(r, [&](int64_t column, int64_t node) { row[column] = row[kAttentionSplit + node]; });
+            softmax_split(row, inside[r].begin, inside[r].end, &splits[r].maximum, &splits[r].weight);
         }
     }
 
@@ -149,7 +187,7 @@ struct Work {
         memset(split_sums, 0, static_cast<size_t>(rows * head_dim) * sizeof(float));
         for (int64_t c = 0; c < count; ++c) {
             const T* values = chunks[count + c];
-            const int64_t begin = (first_chunk + c) * kSubBlock, end = begin + kSubBlock;
+            const int64_t begin = (first_chunk + c) * kSubBlock, end = min64(begin + kSubBlock, committed - base);
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t r0 = tile[i], r1 = tile[i + 1];
                 const int64_t from = max64(inside[r1 - 1].begin, begin), to = max64(min64(inside[r0].end, end), from);
@@ -163,13 +201,23 @@ struct Work {
                         add_values(r, r + 1, max64(max64(inside[r].begin, begin), to), min64(inside[r].end, end), begin, values);
             }
         }
+        if (tree_count > 0) add_paths();
+    }
+
+    void add_paths() {
+        for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // rows of one query: they have the same path
+            r1 = min64(min64(r0 + group - (item.row_begin + r0) % group, r0 + kTileRows), rows);
+            visit_path(r0, [&](int64_t column, int64_t node) {
+                add_values(r0, r1, column, column + 1, column, tree_chunks[tree_count + node / kSubBlock] + node % kSubBlock * head_dim);
+            });
+        }
     }
 
     void keep(int64_t split) {
         for (int64_t r = 0; r < rows; ++r) {
             if (inside[r].begin >= inside[r].end) continue;
             float* sum = split_sums + r * head_dim;
-            unpair_row(chunks[0], sum, head_dim);
+            unpair_row(static_cast<const T*>(nullptr), sum, head_dim);
             if (item.partial_offset >= 0) {
                 float* partial = a.partials + item.partial_offset + ((split - item.partial_split) * rows + r) * (head_dim + 2);
                 memcpy(partial, sum, static_cast<size_t>(head_dim) * sizeof(float));
@@ -184,7 +232,7 @@ struct Work {
     void run() {
         prepare();
         for (int64_t split = item.split_begin; split < item.split_end; ++split) {
-            list_chunks(split);
+            enter_split(split);
             compute_scores();
             compute_weights();
             compute_sums();

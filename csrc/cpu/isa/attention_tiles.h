@@ -9,10 +9,12 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int kVecs = kSubBlock / kLanes;                  // vectors per 16 tokens
-constexpr int kMaxChunks = kAttentionSplit / kSubBlock;    // sub-blocks of a split
-constexpr int kScoreStride = kAttentionSplit + kSubBlock;  // not a power of two: rows would share cache sets
-constexpr int kTileRows = 6;                               // 6 rows x 2 vectors of accumulators, 2 of keys: 15 registers of 16
+constexpr int kVecs = kSubBlock / kLanes;                    // vectors per 16 tokens
+constexpr int kMaxChunks = kAttentionSplit / kSubBlock;      // sub-blocks of a split
+constexpr int kTreeChunks = kMaxTreeTokens / kSubBlock + 1;  // sub-blocks of a tree, which may begin inside one
+// A row's scores of a split, then those of the tree's sub-blocks. Not a power of two: rows would share cache sets.
+constexpr int kScoreStride = kAttentionSplit + kTreeChunks * kSubBlock;
+constexpr int kTileRows = 6;  // 6 rows x 2 vectors of accumulators, 2 of keys: 15 registers of 16
 const float kMinusInfinity = -__builtin_inff();
 
 ENGINE_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }

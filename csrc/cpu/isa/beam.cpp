@@ -18,8 +18,6 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int kOk = 0, kNan = 1, kNothingAllowed = 2;  // STATUS_* of api.py
-
 // What a row is after the first pass.
 struct Beam {
     int status;
@@ -65,7 +63,6 @@ void prepare(const BeamArgs& a, int64_t r, Beam* beam) {
             return;
         }
     }
-    for (int64_t b = 0; b < row.blocks(); ++b) row.block_z[b] = row.raw_max[b] / row.temperature;
     const Logits<T> logits = {raw, row.vocab, row.temperature};
     beam->top = extremes(row.block_z, row.blocks()).most;
     if (beam->top == -kInf) return;

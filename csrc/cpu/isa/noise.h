@@ -53,12 +53,12 @@ struct RowNoise {
     Wide key[kPhiloxRounds][2], zeroth, first, second, third;
 };
 
-ENGINE_INLINE RowNoise row_noise(NoiseKey key) {
+ENGINE_INLINE RowNoise row_noise(NoiseKey key, uint32_t domain = kDomainSample) {
     RowNoise n;
     uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
     const uint64_t p1 = uint64_t{kPhiloxM1} * key.stream;
     const uint64_t p0 = uint64_t{kPhiloxM0} * (static_cast<uint32_t>(p1 >> 32) ^ key.position ^ k0);
-    n.zeroth = wide(kDomainSample ^ k1);
+    n.zeroth = wide(domain ^ k1);
     for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
         n.key[round][0] = wide(k0);
         n.key[round][1] = wide(k1);
@@ -155,13 +155,16 @@ ENGINE_INLINE bool any_at_most(const uint32_t* words, uint32_t limit) {
 #endif
 #else
 
-using RowNoise = NoiseKey;
+struct RowNoise {
+    NoiseKey key;
+    uint32_t domain;
+};
 
-ENGINE_INLINE RowNoise row_noise(NoiseKey key) { return key; }
+ENGINE_INLINE RowNoise row_noise(NoiseKey key, uint32_t domain = kDomainSample) { return {key, domain}; }
 
 ENGINE_INLINE void block_words(const RowNoise& noise, uint32_t first_token, uint32_t* words) {
     for (int i = 0; i < kBlock / 4; ++i) {
-        const Philox four = noise_words(noise, first_token / 4 + i, kDomainSample);
+        const Philox four = noise_words(noise.key, first_token / 4 + i, noise.domain);
         memcpy(words + 4 * i, four.word, sizeof four.word);
     }
 }
@@ -170,7 +173,7 @@ constexpr int kTokens = 8;
 
 ENGINE_INLINE void token_words(const RowNoise& noise, const int32_t* tokens, uint32_t* words) {
     for (int i = 0; i < kTokens; ++i)
-        words[i] = noise_words(noise, static_cast<uint32_t>(tokens[i]) / 4, kDomainSample).word[tokens[i] & 3];
+        words[i] = noise_words(noise.key, static_cast<uint32_t>(tokens[i]) / 4, noise.domain).word[tokens[i] & 3];
 }
 
 ENGINE_INLINE uint32_t at_most(const uint32_t* words, uint32_t limit) {

@@ -18,10 +18,7 @@ namespace engine {
 namespace ENGINE_ISA {
 namespace {
 
-constexpr int64_t kSplitAbove = 1 << 16;               // vocabularies above this are split over threads when there are few rows
-constexpr float kGreedyBelow = 1e-5f;                  // temperatures below this are greedy
-constexpr float kSmallestNormal = 0x1p-126f;           // fixed_log takes no smaller number: such a min_p is off
-constexpr int kOk = 0, kNan = 1, kNothingAllowed = 2;  // STATUS_* of api.py
+constexpr int64_t kSplitAbove = 1 << 16;  // vocabularies above this are split over threads when there are few rows
 
 struct Choice {
     int status;
@@ -79,14 +76,7 @@ void finish(const SampleArgs& a, int64_t r, const Row& row, const Raw* raw, cons
 template <class T>
 void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     const T* raw = static_cast<const T*>(a.logits) + r * a.row_stride;
-    Row row{};
-    row.vocab = a.vocab;
-    row.greedy = a.temperature[r] < kGreedyBelow;
-    row.temperature = row.greedy ? 1.0f : a.temperature[r];
-    row.logprobs = a.logprobs != nullptr;
-    row.top_k = a.top_k[r] > 0 && a.top_k[r] < a.vocab ? a.top_k[r] : 0;
-    row.top_p = a.top_p[r];
-    row.min_p = a.min_p[r] >= kSmallestNormal ? a.min_p[r] : 0;
+    Row row = row_of(a, r);
     row.key = {static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]), static_cast<uint32_t>(a.stream[r])};
     lay_out(&row, static_cast<char*>(scratch(slot, lay_out(&row, nullptr))));
 
@@ -96,9 +86,6 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     const Race<T> race = {row, {raw, row.vocab, row.temperature}, -kInf, row_noise(row.key)};
     const auto run_chunk = [&](int64_t chunk, Best* best) {
         scan(row, raw, chunk);
-        const int64_t first = chunk * (kChunk / kBlock), end = smaller(row.blocks(), first + kChunk / kBlock);
-        for (int64_t b = first; b < end; ++b)
-            row.block_z[b] = row.raw_max[b] / row.temperature;  // still the largest: rounding is monotonic
         if (in_one_pass) race.run_chunk(chunk, best);
     };
     Best best = {-kInf, row.vocab};
@@ -116,9 +103,7 @@ void sample_row(const SampleArgs& a, int64_t r, ScratchSlot slot, bool split) {
     }
 
     const int64_t drawn = in_one_pass ? best.token : -1;
-    if (adjustments.any())
-        for (int64_t b = 0; b < row.blocks(); ++b) Logits<T>{raw, row.vocab, 1.0f}.block(b, row.adjusted + b * kBlock);
-    if (adjustments.any() && adjust(row, adjustments, row.temperature))
+    if (adjust_copy(row, raw, adjustments))
         finish(a, r, row, raw, row.adjusted, split, drawn);
     else
         finish(a, r, row, raw, raw, split, drawn);

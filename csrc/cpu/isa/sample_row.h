@@ -15,6 +15,9 @@ constexpr float kLowest = -__FLT_MAX__;  // everything but -inf
 
 ENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr float kGreedyBelow = 1e-5f;         // temperatures below this are greedy
+constexpr float kSmallestNormal = 0x1p-126f;  // fixed_log takes no smaller number: such a min_p is off
+
 struct ChunkStats {
     float sum;  // of exp(logit - max), if asked for; where max is +inf, the number of +inf
     float max;  // of the raw logits
@@ -51,6 +54,19 @@ struct Row {
     ENGINE_METHOD int64_t chunks() const { return (vocab + kChunk - 1) / kChunk; }
     ENGINE_METHOD bool filtered() const { return top_k > 0 || top_p < 1 || min_p > 0; }
 };
+
+// Row r of a call, without scratch and key.
+ENGINE_INLINE Row row_of(const SampleArgs& a, int64_t r) {
+    Row row{};
+    row.vocab = a.vocab;
+    row.greedy = a.temperature[r] < kGreedyBelow;
+    row.temperature = row.greedy ? 1.0f : a.temperature[r];
+    row.logprobs = a.logprobs != nullptr;
+    row.top_k = a.top_k[r] > 0 && a.top_k[r] < a.vocab ? a.top_k[r] : 0;
+    row.top_p = a.top_p[r];
+    row.min_p = a.min_p[r] >= kSmallestNormal ? a.min_p[r] : 0;
+    return row;
+}
 
 // Scratch of one row: `memory` null gives the bytes needed.
 ENGINE_INLINE int64_t lay_out(Row* row, char* memory) {
@@ -153,7 +169,7 @@ ENGINE_INLINE float exp_sum(const T* p, int64_t n, float top) {
     return reduce_add(add(sum[0], sum[1]));
 }
 
-// Maxima and statistics of one chunk of the raw row.
+// Maxima, raw and of z, and statistics of one chunk of the raw row.
 template <class T>
 ENGINE_INLINE void scan(const Row& row, const T* raw, int64_t chunk) {
     const int64_t begin = chunk * kChunk, n = smaller(kChunk, row.vocab - begin);
@@ -172,6 +188,7 @@ ENGINE_INLINE void scan(const Row& row, const T* raw, int64_t chunk) {
             }
         }
         row.raw_max[begin / kBlock + b] = m;
+        row.block_z[begin / kBlock + b] = m / row.temperature;  // still the largest: rounding is monotonic
         largest = m > largest ? m : largest;
     }
     row.stats[chunk] = {0, largest, nan.any()};
@@ -264,6 +281,14 @@ ENGINE_INLINE bool adjust(const Row& row, const Adjustments& by, float divisor) 
         changed = true;
     }
     return changed;
+}
+
+// The same for a row as given, which is copied first if there is anything to change.
+template <class T>
+ENGINE_INLINE bool adjust_copy(const Row& row, const T* raw, const Adjustments& by) {
+    if (!by.any()) return false;
+    for (int64_t b = 0; b < row.blocks(); ++b) Logits<T>{raw, row.vocab, 1.0f}.block(b, row.adjusted + b * kBlock);
+    return adjust(row, by, row.temperature);
 }
 
 }  // namespace ENGINE_ISA

@@ -12,8 +12,10 @@ int64_t multiply_adds(int64_t tasks, int64_t rounds);
 void attention_item(const AttentionArgs& args, const AttentionItem& item);   // attention.cpp
 void attention_merge(const AttentionArgs& args, const AttentionItem& item);  // attention.cpp
 
-void sample(const SampleArgs& args);     // sample.cpp
-void beam_select(const BeamArgs& args);  // beam.cpp
+void sample(const SampleArgs& args);                   // sample.cpp
+void beam_select(const BeamArgs& args);                // beam.cpp
+void masses(const SampleArgs& args, int64_t* masses);  // masses.cpp
+void verify_block(const VerifyBlockArgs& args);        // verify.cpp
 void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab, uint32_t* words, uint32_t* lows);
 void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
 void weights_of_values(const float* values, int64_t n, int64_t* weights);
@@ -34,6 +36,8 @@ const Kernels& kernels() {
         k.attention_merge = attention_merge;
         k.sample = sample;
         k.beam_select = beam_select;
+        k.masses = masses;
+        k.verify_block = verify_block;
         k.noise_of_row = noise_of_row;
         k.noise_of_words = noise_of_words;
         k.weights_of_values = weights_of_values;

@@ -1,0 +1,535 @@
+"""Speculative decoding beside plain decoding, and beside transformers' assisted generation and prompt lookup, on the same weights and in the
+same run.
+
+Targets: the bundled model, and two of 98 M parameters (`constructed.py`). `wide` computes the bundled model's function, so that its draft
+is many times cheaper; `copier` writes its prompt again with identifiers renamed. Rates are tokens per second after the first token, of one
+request at a time unless it says otherwise. Every request has a text of its own, so that a store of outputs never holds the answer. Where
+drafts are verified by replay the tokens must be those of plain decoding, or the run stops.
+"""
+
+from __future__ import annotations
+
+import keyword
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bundled_corpus import read_sources
+from constructed import copier, widened
+from measure import Machine, interleaved, table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+
+import engine
+from engine import Decoder, Draft, DraftModel, PromptLookup, RequestOutput, SuffixLookup
+
+BUNDLED = Path(engine.__file__).parent / "bundled"
+TEMPERATURE = 0.8
+SURPRISE = 0.02  # of the copier's tokens at that temperature
+COPIED = 384  # tokens of a text that is copied
+LENGTHS = (128, 256, 384, 512)  # of prompts that are continued
+WIDTH = 2  # alternatives in trees
+EXACT = ("draft", "draft, tree", "prompt lookup", "suffix lookup", "lookup, then draft")  # must give the tokens of "plain"
+DRAFTED = (1, 2, 4, 6, 8, 12, 16, 32)  # fixed lengths of drafts
+ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 64)
+
+
+def run(machine: Machine, quick: bool) -> dict[str, Any]:
+    texts = Texts()
+    models = Models(texts)
+    results: dict[str, Any] = {"function": models.check(texts), "cost": cost(models, quick)}
+    results["workloads"] = workloads(models, texts, quick)
+    results["lengths"] = lengths(models, texts, quick)
+    results["batches"] = batches(models, texts, quick)
+    results["worst"] = worst(models, texts, quick)
+    results["aims"] = aims(results)
+    return results
+
+
+# ---- texts and models ----
+
+
+class Texts:
+    """Held-out source files of the bundled model, as tokens."""
+
+    def __init__(self) -> None:
+        tokenizer = Decoder.bundled(cache_tokens=64).tokenizer
+        assert tokenizer is not None
+        self.files = [tokenizer.encode(source.text) for source in read_sources() if source.held_out]
+        words = {token: tokenizer.decode([token]).strip(" ._(") for token in range(4096)}
+        self.names = [token for token, word in words.items() if word.isidentifier() and not keyword.iskeyword(word)]
+
+    def pieces(self, length: int, count: int) -> list[list[int]]:
+        """``count`` pieces of so many tokens, no two of which overlap, spread over the files."""
+        by_file = [[file[at : at + length] for at in range(0, len(file) - length, length)] for file in self.files]
+        turns = [file[i] for i in range(max(map(len, by_file))) for file in by_file if i < len(file)]
+        assert len(turns) >= count
+        return turns[:count]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """To be continued: pieces of all LENGTHS in turn."""
+        longest = self.pieces(max(LENGTHS), count)
+        return [piece[: LENGTHS[i % len(LENGTHS)]] for i, piece in enumerate(longest)]
+
+    def renamed(self, count: int) -> dict[int, int]:
+        """The identifiers that occur most often, and rare ones for them."""
+        counts = dict.fromkeys(self.names, 0)
+        for file in self.files:
+            for token in file:
+                if token in counts:
+                    counts[token] += 1
+        ranked = sorted(counts, key=lambda token: -counts[token])
+        return dict(zip(ranked[:count], ranked[::-1], strict=False))
+
+
+class Models:
+    """Targets and draft, all in transformers' classes; decoders share their weights."""
+
+    def __init__(self, texts: Texts) -> None:
+        def load(name: str) -> Any:
+            return AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.float32).eval()
+
+        self.renamed = texts.renamed(3)
+        copied = texts.pieces(COPIED, 1)[0]
+        self.targets: dict[str, Any] = {
+            "bundled": load("target"),
+            "wide": widened(load("target")),
+            "copier": copier(copied, 4096, self.renamed, SURPRISE, TEMPERATURE),
+        }
+        self.draft = load("draft")
+        for model in (*self.targets.values(), self.draft):
+            model.generation_config.eos_token_id = None  # every request has as many tokens as it may
+
+    def as_dtype(self, name: str, dtype: torch.dtype) -> Any:
+        """A target and the draft, converted in place: one at a time is used."""
+        self.draft.to(dtype)
+        return self.targets[name].to(dtype)
+
+    @torch.no_grad()
+    def check(self, texts: Texts) -> dict[str, float]:
+        """What the constructed targets are said to compute."""
+        tokens = texts.pieces(512, 1)[0]
+        small, wide = (self.targets[name](torch.tensor([tokens])).logits[0] for name in ("bundled", "wide"))
+        difference = float((small - wide).abs().max())
+        assert difference < 1e-3, f"the wide model's logits are off by {difference}"
+        text = texts.pieces(COPIED, 1)[0]
+        copy = [self.renamed.get(token, token) for token in text]
+        (output,) = Decoder(self.targets["copier"], cache_tokens=2048).generate([text], max_new_tokens=COPIED, ignore_eos=True)
+        assert output.token_ids == copy, "the copier does not copy"
+        changed = sum(a != b for a, b in zip(text, copy, strict=True)) / len(text)
+        parameters = sum(p.numel() for p in self.targets["wide"].parameters())
+        print(
+            f"\nwide: {parameters / 1e6:.1f} M parameters, logits within {difference:.1e} of the bundled model's; "
+            f"copier: {changed:.1%} of the tokens of a text renamed"
+        )
+        return {"parameters": parameters, "largest_difference": difference, "renamed": changed}
+
+
+# ---- contenders ----
+
+
+@dataclass
+class Tally:
+    """What a contender has done: sums over its requests, first tokens not counted."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    outputs: list[list[int]] = field(default_factory=list)
+
+    def json(self) -> dict[str, float]:
+        return {
+            "tokens_per_second": self.tokens / self.seconds, "tokens_per_forward": self.tokens / self.forwards,
+            "forwards_saved": 1 - self.forwards / self.tokens, "drafted": self.drafted, "accepted": self.accepted,
+            "acceptance": self.accepted / self.drafted if self.drafted else 0.0, "tokens": self.tokens, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+class Ours:
+    """Decodes one batch of prompts after the other; each call is the next."""
+
+    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[list[int]]], new: int, **options: Any) -> None:
+        self.decoder, self.tally = decoder, Tally()
+        self._options = options | {"max_new_tokens": new, "ignore_eos": True}
+        self._prompts = iter(prompts)
+
+    def warm(self, prompts: Sequence[list[int]]) -> None:
+        self.decoder.generate(list(prompts), **self._options)
+
+    def __call__(self) -> float:
+        outputs = self.decoder.generate(list(next(self._prompts)), **self._options)
+        return self._count(outputs)
+
+    def _count(self, outputs: Sequence[RequestOutput]) -> float:
+        t = self.tally
+        metrics = [output.metrics for output in outputs]
+        # The first token comes with the prompt.
+        seconds = max(m.total_time for m in metrics) - max(m.time_to_first_token or 0.0 for m in metrics)
+        t.seconds += seconds
+        for output, m in zip(outputs, metrics, strict=True):
+            assert output.error is None, output.error
+            t.tokens += m.num_new_tokens - 1
+            t.forwards += m.num_forwards - 1
+            t.drafted += m.num_drafted
+            t.accepted += m.num_accepted
+            t.outputs.append(output.token_ids)
+        return seconds
+
+
+class Clock(StoppingCriteria):
+    """Notes when transformers has how many tokens; it asks once for each forward of the target."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, int]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.marks.append((time.perf_counter(), input_ids.shape[1]))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class Transformers:
+    """The same through transformers' ``generate``."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[list[int]]], new: int, temperature: float, **options: Any) -> None:
+        self.model, self.tally, self._new = model, Tally(), new
+        self._options = options | ({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False})
+        self._prompts = iter(prompts)
+
+    def warm(self, prompts: Sequence[list[int]]) -> None:
+        self._generate(prompts)
+
+    def __call__(self) -> float:
+        marks, outputs = self._generate(next(self._prompts))
+        (start, before), (end, after) = marks[0], marks[-1]
+        t = self.tally
+        t.tokens += (after - before) * len(outputs)
+        t.seconds += end - start
+        t.forwards += (len(marks) - 1) * len(outputs)
+        t.outputs += outputs
+        return end - start
+
+    def _generate(self, prompts: Sequence[list[int]]) -> tuple[list[tuple[float, int]], list[list[int]]]:
+        ids = torch.tensor(prompts)
+        clock = Clock()
+        torch.manual_seed(7)
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._new, pad_token_id=0, stopping_criteria=[clock], **self._options
+        )
+        return clock.marks, out[:, ids.shape[1] :].tolist()
+
+
+def decoder_of(model: Any, draft: Any = None, batch: int = 1) -> Decoder:
+    return Decoder(model, draft=draft, cache_tokens=1280 * batch, max_batch_size=max(batch, 4))
+
+
+def drafters(draft: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "draft": lambda: DraftModel(draft),
+        "draft, tree": lambda: DraftModel(draft, width=WIDTH),
+        "prompt lookup": PromptLookup,
+        "suffix lookup": SuffixLookup,
+        "lookup, then draft": lambda: [SuffixLookup(), DraftModel(draft)],
+    }
+
+
+def compete(contenders: dict[str, Any], warm: Sequence[list[int]], rounds: int, what: str) -> dict[str, dict[str, float]]:
+    """All contenders on all prompts, in turn; the exact ones must agree."""
+    for contender in contenders.values():
+        contender.warm(warm)
+    with tqdm(total=rounds * len(contenders), desc=what, disable=None, leave=False) as progress:
+        interleaved(contenders, rounds, progress)
+    for name in EXACT:
+        if name in contenders and "plain" in contenders and contenders[name].tally.outputs != contenders["plain"].tally.outputs:
+            raise AssertionError(f"{what}: with {name} the tokens are not those of plain decoding")
+    return {name: contender.tally.json() for name, contender in contenders.items()}
+
+
+# ---- workloads ----
+
+
+def workloads(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
+    """Everything beside everything."""
+    count, new = (2, 32) if quick else (8, 128)
+    code, copies = texts.prompts(count + 1), texts.pieces(COPIED, count + 1)
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    cases: list[tuple[str, str, torch.dtype, float, list[list[int]], int]] = [
+        ("code", "wide", float32, 0.0, code, new),
+        ("code", "wide", float32, TEMPERATURE, code, new),
+        ("rename", "copier", float32, 0.0, copies, 2 * new),
+        ("rename", "copier", float32, TEMPERATURE, copies, 2 * new),
+        ("code", "wide", bfloat16, 0.0, code, new),
+        ("rename", "copier", bfloat16, 0.0, copies, 2 * new),
+        ("code", "bundled", float32, 0.0, code, new),
+        ("code", "bundled", float32, TEMPERATURE, code, new),
+    ]
+    results = []
+    for workload, target, dtype, temperature, prompts, tokens in cases[:3] if quick else cases:
+        model = models.as_dtype(target, dtype)
+        rest = [[prompt] for prompt in prompts[1:]]
+        sampling = {"temperature": temperature, "seed": 5} if temperature else {}
+        contenders: dict[str, Any] = {"plain": Ours(decoder_of(model), rest, tokens, **sampling)}
+        for name, make in drafters(models.draft).items():
+            contenders[name] = Ours(decoder_of(model, make()), rest, tokens, **sampling)
+        if temperature:
+            decoder = decoder_of(model, DraftModel(models.draft))
+            contenders["draft, block"] = Ours(decoder, rest, tokens, verification="block", **sampling)
+        contenders["transformers"] = Transformers(model, rest, tokens, temperature)
+        contenders["its assisted"] = Transformers(model, rest, tokens, temperature, assistant_model=models.draft)
+        contenders["its prompt lookup"] = Transformers(model, rest, tokens, temperature, prompt_lookup_num_tokens=10)
+        name = f"{workload}, {target}, {'float32' if dtype == float32 else 'bfloat16'}, T {temperature:g}"
+        measured = compete(contenders, prompts[:1], count, name)
+        results.append(
+            {
+                "name": name, "workload": workload, "target": target, "dtype": str(dtype).removeprefix("torch."),
+                "temperature": temperature, "new": tokens, "contenders": measured, "distinct": distinct(contenders["plain"].tally.outputs),
+            }
+        )  # fmt: skip
+        rows = [row(contender, r, measured["plain"]["tokens_per_second"]) for contender, r in measured.items()]
+        title = f"{name}: {tokens} tokens each, {results[-1]['distinct']:.0%} of their 4-grams new in their output"
+        table(title, ["", "tokens/s", "x plain", "tokens/forward", "forwards saved", "drafted", "accepted"], rows)
+    models.as_dtype("wide", torch.float32)
+    models.as_dtype("copier", torch.float32)
+    return results
+
+
+def distinct(outputs: Sequence[list[int]]) -> float:
+    """How much of the outputs is not repetition: different 4-grams of each, over all of them."""
+    grams = [[tuple(o[i : i + 4]) for i in range(len(o) - 3)] for o in outputs]
+    return sum(len(set(g)) for g in grams) / sum(map(len, grams))
+
+
+def row(name: str, r: dict[str, float], plain: float) -> list[str]:
+    return [
+        name, f"{r['tokens_per_second']:.1f}", f"{r['tokens_per_second'] / plain:.2f}", f"{r['tokens_per_forward']:.2f}",
+        f"{r['forwards_saved']:.0%}", f"{r['drafted']:.0f}" if r["drafted"] else "-", f"{r['acceptance']:.0%}" if r["drafted"] else "-",
+    ]  # fmt: skip
+
+
+# ---- what verification costs ----
+
+
+class Random:
+    """Drafts that are nothing, and say they are certain."""
+
+    def __init__(self, vocab_size: int = 4096) -> None:
+        self._random, self._vocab_size = random.Random(0), vocab_size
+
+    def draft(self, requests: Sequence[Any], limits: Sequence[int]) -> list[Draft]:
+        return [Draft.chain([self._random.randrange(self._vocab_size) for _ in range(n)], [0.99] * n) for n in limits]
+
+    def release(self, request: Any) -> None:
+        pass
+
+
+def cost(models: Models, quick: bool) -> dict[str, Any]:
+    """The time of a step, sampling and verification included, by its rows: one certain token, and drafts that are all refused."""
+    rounds, new = (2, 8) if quick else (6, 24)
+    results: dict[str, Any] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = models.as_dtype("wide", dtype)
+        prompts = torch.randint(1, 4096, (1, 256), generator=torch.Generator().manual_seed(3)).tolist()
+        decoder = decoder_of(model, Random())
+        steps = {
+            str(n): Ours(decoder, [prompts] * rounds, new + n, speculative=n > 1, num_assistant_tokens=n - 1 if n > 1 else None)
+            for n in ROWS
+        }
+        compete(steps, prompts, rounds, f"rows of a step, {name}")
+        results[name] = {n: s.tally.seconds / s.tally.forwards for n, s in steps.items()}
+    models.as_dtype("wide", torch.float32)
+    rows = [[name, *(f"{seconds / times['1']:.2f}" for seconds in times.values())] for name, times in results.items()]
+    table("time of a step / of one with one row, by its rows", ["wide", *map(str, ROWS)], rows)
+    return results
+
+
+# ---- lengths of drafts, batches ----
+
+
+def lengths(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
+    """Drafts of fixed lengths, and governed ones."""
+    count, new = (1, 32) if quick else (4, 96)
+    results = []
+    code, copies = texts.prompts(count + 1), texts.pieces(COPIED, count + 1)
+    for workload, target, prompts, temperatures in (
+        ("code", "wide", code, (0.0, TEMPERATURE)), ("rename", "copier", copies, (0.0,)),
+    ):  # fmt: skip
+        names = ("draft", "draft, tree") if workload == "code" else ("prompt lookup", "suffix lookup")
+        for temperature in temperatures:
+            sampling = {"temperature": temperature, "seed": 5} if temperature else {}
+            rest = [[prompt] for prompt in prompts[1:]]
+            made = drafters(models.draft)
+            contenders: dict[str, Any] = {}
+            for name in names:
+                for n in (4, None) if quick else (*DRAFTED, None):
+                    decoder = decoder_of(models.targets[target], made[name]())
+                    contenders[f"{name} {n or 'governed'}"] = Ours(decoder, rest, new, num_assistant_tokens=n, **sampling)
+            contenders["plain"] = Ours(decoder_of(models.targets[target]), rest, new, **sampling)
+            measured = compete(contenders, prompts[:1], count, f"lengths, {workload}, T {temperature:g}")
+            results.append({"workload": workload, "temperature": temperature, "drafters": list(names), "contenders": measured})
+            plain = measured["plain"]["tokens_per_second"]
+            table(
+                f"lengths of drafts: {workload}, {target}, T {temperature:g}",
+                ["", "tokens/s", "x plain", "tokens/forward", "forwards saved", "drafted", "accepted"],
+                [row(contender, r, plain) for contender, r in measured.items()],
+            )
+    return results
+
+
+def batches(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
+    """Several requests at once, where verifying competes with decoding; transformers' assisted generation takes one."""
+    results = []
+    new, count = (16, 1) if quick else (96, 2)
+    for batch in (4,) if quick else (4, 16):
+        pieces = texts.pieces(128, batch * (count + 1))
+        groups = [pieces[i : i + batch] for i in range(0, len(pieces), batch)]
+        for temperature in (0.0, TEMPERATURE):
+            sampling = {"temperature": temperature, "seed": 5} if temperature else {}
+            target = models.targets["wide"]
+            contenders: dict[str, Any] = {"plain": Ours(decoder_of(target, None, batch), groups[1:], new, **sampling)}
+            for name, make in drafters(models.draft).items():
+                contenders[name] = Ours(decoder_of(target, make(), batch), groups[1:], new, **sampling)
+            contenders["transformers"] = Transformers(target, groups[1:], new, temperature)
+            measured = compete(contenders, groups[0], count, f"batch {batch}, T {temperature:g}")
+            results.append({"batch": batch, "temperature": temperature, "contenders": measured})
+            plain = measured["plain"]["tokens_per_second"]
+            table(
+                f"batch {batch}: code, wide, float32, T {temperature:g}",
+                ["", "tokens/s", "x plain", "tokens/forward", "forwards saved", "drafted", "accepted"],
+                [row(name, r, plain) for name, r in measured.items()],
+            )
+    return results
+
+
+# ---- the worst case ----
+
+
+def worst(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
+    """Drafts that are always wrong, and text on which lookups find and fail: governed, against plain decoding of the same."""
+    count, new = (2, 48) if quick else (10, 160)
+    torch.manual_seed(4)
+    useless = LlamaForCausalLM(LlamaConfig(**models.draft.config.to_dict())).eval()
+    few = texts.names[:6]  # with six tokens at random every n-gram has occurred before, and was followed by something else
+    noise = {"temperature": 100.0, "seed": 6, "allowed_token_ids": few}
+    cases: list[tuple[str, dict[str, Any], dict[str, Callable[[], Any]]]] = [
+        (
+            "code, T 0.8",
+            {"temperature": TEMPERATURE, "seed": 6},
+            {"random drafts": Random, "random model": lambda: DraftModel(useless), "suffix lookup": SuffixLookup},
+        ),
+        ("six tokens at random", noise, {"prompt lookup": PromptLookup, "suffix lookup": SuffixLookup}),
+    ]
+    results = []
+    for target in ("wide",) if quick else ("wide", "bundled"):
+        model = models.targets[target]
+        prompts = texts.prompts(count + 1)
+        rest = [[prompt] for prompt in prompts[1:]]
+        for name, options, made in cases:
+            contenders: dict[str, Any] = {"plain": Ours(decoder_of(model), rest, new, **options)}
+            contenders |= {drafter: Ours(decoder_of(model, make()), rest, new, **options) for drafter, make in made.items()}
+            measured = compete(contenders, prompts[:1], count, f"worst case, {target}, {name}")
+            plain = measured.pop("plain")["tokens_per_second"]
+            for drafter, r in measured.items():
+                ratio = r["tokens_per_second"] / plain
+                results.append({"target": target, "text": name, "drafter": drafter, "ratio": ratio, "plain": plain, **r})
+    table(
+        "worst cases, governed: x plain decoding",
+        ["target", "text", "drafter", "x plain", "drafted", "accepted"],
+        [[r["target"], r["text"], r["drafter"], f"{r['ratio']:.3f}", str(r["drafted"]), str(r["accepted"])] for r in results],
+    )
+    return results
+
+
+# ---- aims, figures ----
+
+
+def aims(results: dict[str, Any]) -> list[dict[str, Any]]:
+    found = {r["name"]: r["contenders"] for r in results["workloads"]}
+    rows: list[tuple[str, str, float, float]] = []
+    for temperature in ("0", "0.8"):
+        if code := found.get(f"code, wide, float32, T {temperature}"):
+            drafts = {name: r for name, r in code.items() if name.startswith("draft")}
+            best = max(drafts, key=lambda name: drafts[name]["tokens_per_forward"])
+            fastest = max(drafts, key=lambda name: drafts[name]["tokens_per_second"])
+            if temperature == "0":
+                rows.append((f"code, T 0, {best}: tokens per forward", ">=", 3.0, drafts[best]["tokens_per_forward"]))
+            speed = drafts[fastest]["tokens_per_second"]
+            rows += [
+                (f"code, T {temperature}, {fastest}: x plain", ">=", 2.0, speed / code["plain"]["tokens_per_second"]),
+                (f"code, T {temperature}, {fastest}: x assisted generation", ">=", 3.0, speed / code["its assisted"]["tokens_per_second"]),
+            ]
+    for name in (n for n in found if n.startswith("rename") and "float32" in n):
+        for drafter in ("prompt lookup", "suffix lookup"):
+            rows.append((f"{name}, {drafter}: forwards saved", ">=", 0.9, found[name][drafter]["forwards_saved"]))
+    for dtype, times in results["cost"].items():
+        rows += [(f"{dtype}: step of {n} rows / of one", "<=", 1.3, times[str(n)] / times["1"]) for n in (8, 9)]
+    slowest = min(results["worst"], key=lambda r: r["ratio"])
+    rows.append((f"worst case ({slowest['target']}, {slowest['text']}, {slowest['drafter']}): x plain", ">=", 0.97, slowest["ratio"]))
+    judged = [
+        {"aim": name, "bound": f"{sign} {bound:g}", "reached": value, "met": value <= bound if sign == "<=" else value >= bound}
+        for name, sign, bound, value in rows
+    ]
+    table("aims", ["", "aim", "reached", ""], [[a["aim"], a["bound"], f"{a['reached']:.3g}", "yes" if a["met"] else "no"] for a in judged])
+    return judged
+
+
+def plot(results: dict[str, Any], out: Path) -> list[Path]:
+    """Tokens/s of every contender; what longer drafts bring; what verifying them costs."""
+    import matplotlib.pyplot as plt
+
+    shown = results["workloads"]
+    columns = 2 if len(shown) > 1 else 1
+    figure, axes = plt.subplots(-(-len(shown) // columns), columns, figsize=(11, 2.7 * -(-len(shown) // columns)), constrained_layout=True)
+    for axis in axes.flat[len(shown) :]:
+        axis.axis("off")
+    for axis, r in zip(axes.flat, shown, strict=False):
+        names = list(r["contenders"])[::-1]
+        rates = [r["contenders"][name]["tokens_per_second"] for name in names]
+        colors = ["tab:gray" if name in ("transformers", "its assisted", "its prompt lookup") else "tab:blue" for name in names]
+        bars = axis.barh(names, rates, color=colors)
+        per_forward = [r["contenders"][name]["tokens_per_forward"] for name in names]
+        labels = [f"{rate:.0f}  ({n:.1f}/forward)" for rate, n in zip(rates, per_forward, strict=True)]
+        axis.bar_label(bars, labels, fontsize=7, padding=2)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.3)
+        axis.set_title(r["name"], fontsize=9)
+    figure.suptitle("Speculative decoding: tokens/s after the first token, one request at a time (gray: transformers)")
+    files = [out.with_name(f"{out.stem}-rates.png")]
+    figure.savefig(files[0], dpi=120)
+    plt.close(figure)
+
+    figure, (first, second, third) = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    for r in results["lengths"]:
+        for drafter in r["drafters"]:
+            points = [
+                (n, c["tokens_per_forward"], c["tokens_per_second"] / r["contenders"]["plain"]["tokens_per_second"])
+                for n in DRAFTED
+                if (c := r["contenders"].get(f"{drafter} {n}"))
+            ]
+            x, per_forward, speed = zip(*points, strict=True)
+            label = f"{r['workload']}, T {r['temperature']:g}, {drafter}"
+            (line,) = first.plot(x, per_forward, marker="o", ms=3, label=label)
+            second.plot(x, speed, marker="o", ms=3, color=line.get_color(), label=label)
+            governed = r["contenders"][f"{drafter} governed"]["tokens_per_second"] / r["contenders"]["plain"]["tokens_per_second"]
+            second.axhline(governed, color=line.get_color(), lw=0.8, ls=":")
+    first.set_ylabel("tokens per forward")
+    second.set_ylabel("x plain decoding (dotted: governed)")
+    for axis in (first, second):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens drafted at a time")
+    first.set_yscale("log", base=2)
+    first.legend(fontsize=7)
+    for dtype, times in results["cost"].items():
+        third.plot([int(n) for n in times], [seconds / times["1"] for seconds in times.values()], marker="o", ms=3, label=dtype)
+    third.axhline(1.3, color="gray", lw=0.8, ls=":")
+    third.set_xlabel("rows of a step")
+    third.set_ylabel("time / time with one row")
+    third.legend()
+    files.append(out.with_name(f"{out.stem}-lengths.png"))
+    figure.savefig(files[1], dpi=120)
+    plt.close(figure)
+    return files

@@ -1,0 +1,202 @@
+"""Speculative decoding: drafts made ready to be verified, and the verdict on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..drafters.draft import MAX_DRAFT, Draft
+from ..kernels import STATUS_NAN, STATUS_OK, Ops
+from ..request import Drawn, Lookahead, Request
+from ..scheduler import StepPlan
+from .grammar import GrammarError
+from .rows import as_int64, lists
+from .sample import law
+
+CERTAIN = 1 << 40  # mass of a token that is certain
+
+
+def go_on(before: Request | Lookahead, token: int) -> Lookahead | None:
+    """The request after a drafted token; None where it ends there, or cannot have it, so that no draft need hold it."""
+    if token in before.end_token_ids:
+        return None
+    try:
+        after = Lookahead(before, token)
+    except GrammarError:
+        return None
+    if after.matcher is not None and after.matcher.complete and after.num_new_tokens >= after.params.min_new_tokens:
+        return None
+    return after
+
+
+def certain_end(before: Request | Lookahead, token: int) -> Lookahead:
+    """What stands for the request after a drafted token that it does not go on after: nothing that is drawn for it is ever used."""
+    after = Lookahead(before)
+    after.drafted = (*after.drafted, token)
+    return after
+
+
+def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft:
+    """What of a draft can be verified: at most ``limit`` tokens of the vocabulary, in a draft's order, that the request can go on after.
+
+    A stochastic draft for block verification is taken as it is: to leave out what its tokens tell would favour others.
+    """
+    if draft.proposal:
+        return draft
+    sequences: dict[int, Lookahead] = {}
+    depths = {0: 0}
+    deepest = 0
+    size = min(len(draft.tokens), len(draft.parents), limit)
+    for node, (token, parent) in enumerate(zip(draft.tokens[:size], draft.parents, strict=False), 1):
+        depth = depths.get(parent, MAX_DRAFT) + 1
+        if depth > MAX_DRAFT or depth < deepest or not 0 <= token < vocab_size:
+            continue
+        after = draft.sequences[node - 1] if draft.sequences else go_on(sequences[parent] if parent else request, token)
+        if after is not None:
+            sequences[node], depths[node], deepest = after, depth, depth
+    # A drafter need not have any, and its own code may make anything of it.
+    confidence = tuple(c if 0 <= c <= 1 else 0.5 for c in (*draft.confidence, *[0.5] * size)[:size])
+    whole = Draft(tuple(draft.tokens[:size]), tuple(draft.parents[:size]), confidence)
+    return replace(whole.keep(list(sequences)), sequences=tuple(sequences.values()))
+
+
+def masses(ops: Ops, logits: Tensor, rows: Sequence[Request | Lookahead]) -> tuple[Tensor, Tensor]:
+    """``kernels.masses`` of these rows: what each is drawn from, and its status."""
+    temperature, top_k, top_p, min_p, _, position, _ = law(rows)
+    return ops.masses(logits, temperature, top_k, top_p, min_p, position, **lists(rows, logits.shape[1]))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step's rows of logits decide for one request."""
+
+    request: Request
+    draft: Draft
+    drawn: list[Drawn]  # its next tokens, or in the last place why there is none
+    path: list[int]  # of the draft, the nodes that hold, from node 0 on: one for each of `drawn`
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.path) - 1
+
+
+def sequences(plan: StepPlan) -> list[Request | Lookahead]:
+    """Whose each row of logits is, those of beams left out."""
+    found: list[Request | Lookahead] = []
+    for row in plan.rows:
+        if row.node:
+            found.append(plan.sequences[row.scheduled].draft.sequences[row.node - 1])
+        elif isinstance(row.sequence, Request):
+            found.append(row.sequence)
+    return found
+
+
+@dataclass(frozen=True)
+class _Drafted:
+    request: Request
+    draft: Draft
+    first: int  # its first row
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + 1 + len(self.draft))
+
+
+def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -> list[Verdict]:
+    """The verdict on each request with rows, in their order.
+
+    Args:
+        logits: float32 ``[R, V]`` of the plan's rows.
+        drawn: what the token law gives for each row that is no beam's.
+    """
+    rows = plan.rows[: len(drawn)]
+    found: dict[int, Verdict] = {}
+    replayed: list[_Drafted] = []
+    blocks: list[_Drafted] = []
+    for r, row in enumerate(rows):
+        if row.node:
+            continue
+        request, draft = row.sequence, plan.sequences[row.scheduled].draft
+        assert isinstance(request, Request)
+        if draft:
+            by_block = request.params.verification == "block" and not request.controls.greedy
+            (blocks if by_block else replayed).append(_Drafted(request, draft, r))
+        found[r] = Verdict(request, draft, [drawn[r]], [0])  # in its place; drafted ones are replaced
+    if replayed:
+        for drafted, path in zip(replayed, _replay(ops, replayed, drawn), strict=True):
+            first = drafted.first
+            found[first] = Verdict(drafted.request, drafted.draft, [drawn[first + node] for node in path], path)
+    if blocks:
+        for drafted, verdict in zip(blocks, _blocks(ops, blocks, logits, drawn), strict=True):
+            found[drafted.first] = verdict
+    return list(found.values())
+
+
+def _starts(drafted: Sequence[_Drafted]) -> Tensor:
+    start = [0]
+    for one in drafted:
+        start.append(start[-1] + 1 + len(one.draft))
+    return torch.tensor(start, dtype=torch.int32)
+
+
+def _replay(ops: Ops, drafted: Sequence[_Drafted], drawn: Sequence[Drawn]) -> Iterator[list[int]]:
+    """The path of each: as long as what was drafted is what the law draws."""
+    own = [d for one in drafted for d in drawn[one.rows]]
+    draft = [token for one in drafted for token in (-1, *one.draft.tokens)]
+    parent = [node for one in drafted for node in (-1, *one.draft.parents)]
+    start = _starts(drafted)
+    result = ops.verify_drafts(
+        torch.tensor([d.token for d in own]),
+        torch.tensor([STATUS_OK if d.error is None else STATUS_NAN for d in own], dtype=torch.int32),
+        torch.tensor(draft, dtype=torch.int32),
+        torch.tensor(parent, dtype=torch.int32),
+        start,
+    )
+    path = result.path.tolist()
+    for first, accepted in zip(start.tolist(), result.num_accepted.tolist(), strict=False):
+        yield path[first : first + accepted + 1]
+
+
+def _blocks(ops: Ops, drafted: Sequence[_Drafted], logits: Tensor, drawn: Sequence[Drawn]) -> Iterator[Verdict]:
+    """Block verification of chains: what is kept, and what is drawn after it."""
+    rows = [r for one in drafted for r in range(one.rows.start, one.rows.stop)]
+    own = logits[rows]
+    target, status = masses(ops, own, [s for one in drafted for s in (one.request, *one.draft.sequences)])
+    proposal = torch.zeros_like(target)
+    first = 0
+    for one in drafted:
+        for i, token in enumerate(one.draft.tokens):
+            if one.draft.proposal:
+                proposal[first + 1 + i] = one.draft.proposal[i]
+            else:
+                proposal[first + 1 + i, token] = CERTAIN
+        first += 1 + len(one.draft)
+    start = _starts(drafted)
+    result = ops.verify_block(
+        target,
+        status,
+        proposal,
+        torch.tensor([token for one in drafted for token in (-1, *one.draft.tokens)], dtype=torch.int32),
+        start,
+        torch.tensor([as_int64(one.request.seed) for one in drafted]),
+        torch.tensor([one.request.num_tokens for one in drafted], dtype=torch.int32),
+        torch.tensor([one.request.stream for one in drafted], dtype=torch.int32),
+    )
+    assert result.tokens is not None and result.status is not None
+    raw = own.double().log_softmax(dim=1)
+    total = target.sum(dim=1)
+    columns = (start.tolist(), result.num_accepted.tolist(), result.tokens.tolist())
+    for one, first, accepted, last in zip(drafted, *(column[: len(drafted)] for column in columns), strict=True):
+        tokens = [*one.draft.tokens[:accepted], last]
+        kept: list[Drawn] = []
+        for node, token in enumerate(tokens):
+            given = drawn[one.first + node]  # of the same row: what is most likely there, and why nothing can be drawn
+            if token >= 0 and given.error is None:
+                processed = math.log(int(target[first + node, token]) / int(total[first + node]))
+                given = given._replace(token=token, logprob=float(raw[first + node, token]), processed_logprob=processed)
+            kept.append(given)
+        yield Verdict(one.request, one.draft, kept, list(range(accepted + 1)))

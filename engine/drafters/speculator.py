@@ -1,0 +1,172 @@
+"""Drafts for the requests of a decoder: who gets one in the next step, from whom, and how long."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..decode.speculate import Verdict, usable
+from ..models.config import ModelConfig
+from ..request import Request
+from ..tokenizer import Tokenizer
+from .draft import MAX_DRAFT, Drafter
+from .governor import Costs, Depth, Rates, Record, prune
+from .model import DraftModel
+
+BUNDLED = Path(__file__).parent.parent / "bundled" / "draft"
+
+
+def make_drafters(draft: Any) -> list[Drafter]:
+    """What ``Decoder(draft=...)`` was given as drafters, in the order in which they are asked."""
+    if isinstance(draft, (list, tuple)):
+        if not draft:
+            raise ValueError("draft is an empty list; it must name at least one drafter, or be None")
+        return [drafter for one in draft for drafter in make_drafters(one)]
+    if isinstance(draft, str) and draft == "bundled":
+        return [DraftModel(BUNDLED)]
+    if isinstance(draft, (str, os.PathLike, nn.Module)):
+        return [DraftModel(draft)]
+    if callable(getattr(draft, "draft", None)) and callable(getattr(draft, "release", None)):
+        return [draft]
+    raise TypeError(
+        f"draft is a {type(draft).__name__}; it must be a model, a path, 'bundled', a drafter (PromptLookup(), SuffixLookup(), "
+        "DraftModel(...)), a list of these, or None"
+    )
+
+
+class Speculator:
+    """Asks the drafters, and learns from what becomes of their drafts.
+
+    Args:
+        drafters: in the order in which they are asked: a request gets the first draft that is not empty.
+        config, tokenizer: the model's that verifies.
+        max_batch_size, block_size: the decoder's.
+    """
+
+    def __init__(
+        self, drafters: Sequence[Drafter], config: ModelConfig, tokenizer: Tokenizer | None, *, max_batch_size: int, block_size: int
+    ) -> None:
+        self.drafters = list(drafters)
+        self.step_costs = Costs()  # of the model's steps
+        self._vocab_size = config.vocab_size
+        self._rates = [Rates() for _ in self.drafters]
+        self._records: dict[Request, list[Record]] = {}
+        self._asked: dict[Request, Record] = {}  # whose drafter drafted for the present step
+        for drafter in self.drafters:
+            if isinstance(drafter, DraftModel):
+                drafter.bind(config, tokenizer, max_batch_size=max_batch_size, block_size=block_size)
+
+    def propose(self, running: Sequence[Request]) -> None:
+        """Give requests that only lack their last token a draft for the next step."""
+        self._asked.clear()
+        for request in running:
+            request.draft = None
+        wanting = [(request, most) for request in running if (most := _most(request))]
+        if not wanting:
+            return
+        batch = sum(len(request.sequences) for request in running)
+        start = time.perf_counter()
+        for place, drafter in enumerate(self.drafters):
+            self._ask(place, drafter, wanting, batch)
+            wanting = [(request, most) for request, most in wanting if request.draft is None]
+            if not wanting:
+                break
+        self._prune(batch, time.perf_counter() - start)
+
+    def _ask(self, place: int, drafter: Drafter, wanting: Sequence[tuple[Request, int]], batch: int) -> None:
+        """Have one drafter draft for those whom that promises to serve."""
+        costs = drafter.costs if isinstance(drafter, DraftModel) else None
+        nodes = drafter.nodes if isinstance(drafter, DraftModel) else 1
+        depth = None if costs is None else Depth(self.step_costs, costs(len(wanting)), batch, len(wanting), nodes)
+        asked: list[tuple[Request, int, Record]] = []
+        for request, most in wanting:
+            record = self._record(request)[place]
+            limit = most
+            if request.params.num_assistant_tokens is None:
+                record.compare(request.tokens)
+                unknown = costs is not None and not costs
+                limit = min(most, 2 if unknown else record.limit(depth, most) * nodes)
+            if limit:
+                asked.append((request, limit, record))
+        if not asked:
+            return
+        requests, limits, records = ([one[i] for one in asked] for i in range(3))
+        start = time.perf_counter()
+        if isinstance(drafter, DraftModel):
+            drafts = drafter.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
+        else:
+            drafts = drafter.draft(requests, limits)
+        if len(drafts) != len(asked):
+            raise ValueError(
+                f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(asked)} requests; it must return one for each"
+            )
+        seconds = (time.perf_counter() - start) / len(asked)
+        for (request, limit, record), draft in zip(asked, drafts, strict=True):
+            record.cost = seconds
+            if draft := usable(request, draft, limit, self._vocab_size):
+                request.draft = draft
+                self._asked[request] = record
+
+    def _prune(self, batch: int, seconds: float) -> None:
+        """Verify of the drafts, which took so long, what is likely enough to hold. Not of those for block verification: that would favour
+        tokens."""
+        governed = []
+        rows = batch
+        for request, record in self._asked.items():
+            draft = request.draft
+            assert draft is not None
+            if request.params.num_assistant_tokens is None and not draft.proposal:
+                governed.append((request, record, draft))
+            else:
+                rows += len(draft)
+        if not governed:
+            return
+        kept = prune(self.step_costs, seconds, rows, [record.chances(draft) for _, record, draft in governed])
+        for (request, record, draft), nodes in zip(governed, kept, strict=True):
+            request.draft = draft.keep(nodes) or None
+            if request.draft is None:
+                record.unverified, record.at = draft, request.num_tokens
+
+    def learn(self, verdict: Verdict) -> None:
+        """Take in what became of a draft."""
+        request = verdict.request
+        request.num_drafted += len(verdict.draft)
+        request.num_accepted += verdict.num_accepted
+        self._asked[request].learn(verdict.draft, [drawn.token for drawn in verdict.drawn if drawn.error is None])
+
+    def release(self, request: Request) -> None:
+        """A request has ended or been preempted."""
+        self._records.pop(request, None)
+        self._asked.pop(request, None)
+        for drafter in self.drafters:
+            drafter.release(request)
+
+    def _record(self, request: Request) -> list[Record]:
+        if request not in self._records:
+            self._records[request] = [Record(Rates(rates)) for rates in self._rates]
+        return self._records[request]
+
+
+def _most(request: Request) -> int:
+    """How many tokens may be drafted for a request in the next step."""
+    params = request.params
+    if request.searches or request.followers or request.num_missing != 1 or params.speculative is False:
+        return 0
+    wanted = MAX_DRAFT if params.num_assistant_tokens is None else params.num_assistant_tokens
+    return min(wanted, request.max_new_tokens - request.num_new_tokens - 1)  # the last token needs no draft
+
+
+def _goes_on(requests: Sequence[Request], records: Sequence[Record], depth: Depth, i: int, confidence: Sequence[float]) -> bool:
+    """Whether the i-th request's draft is worth another token after some of such confidence."""
+    if requests[i].params.num_assistant_tokens is not None:
+        return True
+    rates = records[i].rates
+    return depth.goes_on(list(itertools.accumulate(map(rates.of, confidence), operator.mul)), rates.mean)

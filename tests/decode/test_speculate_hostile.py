@@ -1,0 +1,227 @@
+"""Drafters that draft anything at all: right, wrong or impossible, it changes nothing but the number of steps."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from decode.speculation_cases import Target, check_cell, check_idle, outcome, target, total, watch
+
+from engine import Draft
+from engine.request import Request
+
+V = 101
+# Makes a draft of what will come (all of it), and the limit.
+Make = Callable[[random.Random, list[int], int], Draft]
+
+
+class Hostile:
+    """Drafts what ``make`` makes of it."""
+
+    def __init__(self, target: Target, make: Make) -> None:
+        self.target, self.make, self.rng = target, make, random.Random(0)
+        self.known: set[Request] = set()
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        assert all(1 <= limit <= 63 and not request.finished for request, limit in zip(requests, limits, strict=True))
+        self.known |= set(requests)
+        futures = (self.target.tokens(request)[request.num_tokens :] for request in requests)
+        return [self.make(self.rng, future, limit) for future, limit in zip(futures, limits, strict=True)]
+
+    def release(self, request: Request) -> None:
+        self.known.discard(request)
+
+
+def chain(tokens: Sequence[int]) -> Draft:
+    return Draft.chain(tokens, [0.9] * len(tokens))
+
+
+def random_tokens(rng, future, limit):
+    return chain([rng.randrange(V) for _ in range(rng.randint(0, limit))])
+
+
+def always_wrong(rng, future, limit):
+    return chain([(token + 1) % V for token in future[:limit]])
+
+
+def the_truth(rng, future, limit):
+    return chain(future[:limit])
+
+
+def half_the_truth(rng, future, limit):
+    return chain([*future[: rng.randrange(limit)], *[rng.randrange(V) for _ in range(limit)]][:limit])
+
+
+def too_much(rng, future, limit):
+    return chain([*future, *[5] * 500])
+
+
+def fewer_parents(rng, future, limit):
+    return Draft(tuple(future[:limit]), tuple(range(limit // 2)), (0.5,) * limit)
+
+
+def fewer_tokens(rng, future, limit):
+    return Draft(tuple(future[: limit // 2]), tuple(range(limit)), (0.5,) * limit)
+
+
+def fewer_confidences(rng, future, limit):
+    return Draft(tuple(future[:limit]), tuple(range(limit)), (0.5,) * rng.randrange(limit))
+
+
+def no_confidences(rng, future, limit):
+    return Draft(tuple(future[:limit]), tuple(range(limit)))
+
+
+def odd_confidences(rng, future, limit):
+    odd = [math.nan, 2.0, -1.0, math.inf, -math.inf, 1e300, -1e-300, 1.0, 0.0]
+    return Draft.chain(future[:limit], [rng.choice(odd) for _ in future[:limit]])
+
+
+def out_of_vocabulary(rng, future, limit):
+    return chain([rng.choice([token, token, token, -1, V, 10**9, -(2**40), 2**63]) for token in future[:limit]])
+
+
+def no_such_parents(rng, future, limit):
+    return Draft(tuple(future[:limit]), tuple(rng.choice([i, i, i, i, -1, i + 1, limit, 64, 10**9, -(10**9)]) for i in range(limit)))
+
+
+def past_the_end(rng, future, limit):
+    """On beyond an end-of-sequence token or what ends the request."""
+    return chain([*future[: rng.randrange(limit)], 2, *[rng.randrange(V) for _ in range(limit)]])
+
+
+def duplicate_siblings(rng, future, limit):
+    """The truth twice at each depth, in turn going on from the first and from the second."""
+    tokens, parents, parent = [], [], 0
+    for depth, token in enumerate(future[: limit // 2]):
+        tokens += [token, token]
+        parents += [parent, parent]
+        parent = 2 * depth + rng.choice([1, 2])
+    return Draft(tuple(tokens), tuple(parents), (0.5,) * len(tokens))
+
+
+def tree(rng, future, limit):
+    """Full of others, with the truth at a random place of each depth."""
+    nodes: list[tuple[int, int]] = []  # token, parent
+    level, right, size = [0], 0, 0
+    for token in future:
+        width = rng.randint(1, 6)
+        places = sorted(rng.choice(level) for _ in range(width)) + [right]
+        rng.shuffle(places)
+        here = [(token if parent == right and i == places.index(right) else rng.randrange(V), parent) for i, parent in enumerate(places)]
+        if size + len(here) > limit:
+            break
+        level = list(range(size + 1, size + 1 + len(here)))
+        right = level[places.index(right)]
+        nodes += here
+        size += len(here)
+    return Draft(tuple(token for token, _ in nodes), tuple(parent for _, parent in nodes), (0.4,) * len(nodes))
+
+
+def unordered(rng, future, limit):
+    """Such a tree with its nodes in any order."""
+    draft = tree(rng, future, limit)
+    order = rng.sample(range(1, len(draft) + 1), len(draft))
+    place = {0: 0} | {node: i for i, node in enumerate(order, 1)}
+    return Draft(tuple(draft.tokens[n - 1] for n in order), tuple(place[draft.parents[n - 1]] for n in order), draft.confidence)
+
+
+def wide_tree(rng, future, limit):
+    """The truth as the last child of each node, below many others."""
+    tokens, parents, parent = [], [], 0
+    for token in future:
+        others = [t for t in rng.sample(range(V), 20) if t != token]
+        if len(tokens) + len(others) + 1 > limit:
+            break
+        tokens += [*others, token]
+        parents += [parent] * (len(others) + 1)
+        parent = len(tokens)
+    return Draft(tuple(tokens), tuple(parents), (0.5,) * len(tokens))
+
+
+def empty(rng, future, limit):
+    return Draft()
+
+
+def the_same_for_ever(rng, future, limit):
+    return chain([17, 44, 44, 5, 2, 61])
+
+
+def as_lists(rng, future, limit):
+    """What a drafter may make of it that knows no tuples."""
+    return Draft(list(future[:limit]), list(range(limit)), [0.5] * limit)  # type: ignore[arg-type]
+
+
+NEVER = [always_wrong, empty]
+RIGHT = [the_truth, no_confidences, odd_confidences, fewer_confidences, as_lists]
+OFTEN = [half_the_truth, fewer_parents, fewer_tokens, out_of_vocabulary, no_such_parents, past_the_end, duplicate_siblings, tree, unordered]
+OFTEN += [too_much]
+RARELY = [wide_tree, random_tokens, the_same_for_ever]
+
+
+@pytest.mark.parametrize("make", [*NEVER, *RIGHT, *OFTEN, *RARELY], ids=lambda make: make.__name__)
+def test_it_changes_nothing(make: Make):
+    one = target("llama")
+    drafter = Hostile(one, make)
+    # 63 and None: all that the batch's budget of tokens leaves room for.
+    outputs = check_cell(one, watch(one.speculative(drafter, max_batch_size=9)), (3, 10, 63, None))
+    assert not drafter.known
+    accepted, forwards, tokens = (total(outputs, f"num_{name}") for name in ("accepted", "forwards", "new_tokens"))
+    if make in NEVER:
+        assert accepted == 0 and forwards == tokens
+    elif make in RIGHT:
+        assert accepted == total(outputs, "num_drafted")
+        assert all(o.metrics.num_drafted for i, o in enumerate(outputs) if i % 4 < 3 and o.metrics.num_new_tokens > 3)
+    else:
+        assert accepted > (300 if make in OFTEN else 10)
+
+
+def test_two_hostile_ones_and_a_model():
+    one = target("mistral window")
+    drafters = [Hostile(one, lambda rng, f, limit: rng.choice([empty, tree, random_tokens])(rng, f, limit)), one.drafter("near")]
+    outputs = check_cell(one, watch(one.speculative(drafters, max_batch_size=16, cache_tokens=640)), (5, 30, None))
+    assert total(outputs, "num_accepted") > 500
+
+
+def test_one_that_raises_fails_the_call_and_nothing_else():
+    one = target("llama")
+
+    def raising(rng, future, limit):
+        if rng.random() < 0.05:
+            raise LookupError("nothing comes to mind")
+        return chain(future[:limit])
+
+    drafter = Hostile(one, raising)
+    decoder = watch(one.speculative(drafter))
+    streams = {i: decoder.stream(one.requests[i][0], params=one.params(i, num_assistant_tokens=2)) for i in range(0, 208, 4)}
+    ended, failed = 0, 0
+    while streams:
+        for i, stream in list(streams.items()):
+            try:
+                event = next(stream, None)
+            except LookupError:
+                failed += 1
+                del streams[i]
+                decoder.scheduler.check()
+                continue
+            if event is not None and event.output is not None:
+                assert [outcome(event.output)] == one.plain([i])
+                ended += 1
+                del streams[i]
+    assert ended > 10 and failed > 3 and not drafter.known
+    check_idle(decoder)
+
+
+def test_one_that_answers_for_others():
+    one = target("llama")
+
+    class Miscounting(Hostile):
+        def draft(self, requests, limits):
+            return super().draft(requests, limits)[1:]
+
+    decoder = one.speculative(Miscounting(one, the_truth))
+    with pytest.raises(ValueError, match="drafter Miscounting returned 0 drafts for 1 requests"):
+        decoder.generate([5, 6], seed=0, temperature=1.0, num_assistant_tokens=2)
+    check_idle(decoder)
