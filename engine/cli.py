@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import torch
 from . import __version__, verify
 from . import kernels as kernels_module
 from .decoder import Decoder
+from .drafters.lookup import PromptLookup, SuffixLookup
 from .kernels import cpu, limits
 from .kv_cache import block_bytes
 from .outputs import RequestOutput
@@ -28,6 +30,8 @@ DEMO_PROMPTS = (
     "def is_prime(n):\n    if n <",
     "    try:\n        with open(filename) as f:",
 )
+# The bundled model goes on with much of this, sampled too.
+DEMO_REPETITIVE_PROMPT = "    @property\n    def width(self):\n        return self._width\n\n    @property\n    def "
 DEMO_JSON_PROMPT = "# what this module exports, as JSON\nexport = "
 DEMO_SCHEMA = {
     "type": "object",
@@ -48,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     generate = commands.add_parser("generate", help="complete prompts, streaming the text")
     generate.add_argument("prompts", nargs="+", metavar="PROMPT")
     _model_arguments(generate)
+    _draft_arguments(generate)
     _sampling_arguments(generate)
-    demo = commands.add_parser("demo", help="watch the bundled model write: greedy, beams, sampled, and JSON of a schema")
+    demo = commands.add_parser("demo", help="watch the bundled model write: greedy, beams, sampled, with drafts, and JSON of a schema")
     demo.add_argument("--max-new-tokens", type=int, default=60, metavar="N")
     info = commands.add_parser("info", help="backends and why any is absent, instruction sets, measured limits")
     info.add_argument("--no-measure", action="store_true", help="do not measure the machine's limits")
@@ -72,6 +77,16 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or its folder; default: the model's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the weights; default: as stored")
     parser.add_argument("--kernels", default="auto", choices=("auto", *kernels_module.BACKENDS), help="which backend computes")
+
+
+def _draft_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--draft",
+        action="append",
+        metavar="bundled|PATH|lookup|suffix",
+        help="guess tokens and verify several at a time: by a smaller model, or by what stood before; repeatable, the first guess is taken",
+    )
+    parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="draft so many tokens at a time; default: as many as pay")
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +157,9 @@ def _decoder(arguments: argparse.Namespace) -> Decoder:
     options: dict[str, Any] = {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels}
     if arguments.dtype:
         options["dtype"] = getattr(torch, arguments.dtype)
+    if arguments.draft:
+        lookups = {"lookup": PromptLookup, "suffix": SuffixLookup}
+        options["draft"] = [lookups[name]() if name in lookups else name for name in arguments.draft]
     return Decoder(arguments.model, **options) if arguments.model else Decoder.bundled(**options)
 
 
@@ -193,6 +211,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     same = (first.token_ids, first.logprobs) == (second.token_ids, second.logprobs)
     print(f"The two samples are {'identical' if same else 'DIFFERENT'}, tokens and log-probabilities.\n")
 
+    same = _demo_drafts(decoder, {**length, **sampled, "seed": 11}) and same
+
     print("--- JSON of a schema, seed 3 ---")
     try:
         output = _write(decoder, [DEMO_JSON_PROMPT], {"json_schema": DEMO_SCHEMA, "temperature": 0.8, "seed": 3, "max_new_tokens": 120})[0]
@@ -200,6 +220,42 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"Left out: {error}")
     return 0 if same else 1
+
+
+def _demo_drafts(decoder: Decoder, options: dict[str, Any]) -> bool:
+    """Show a sample without drafts and with; whether they are the same."""
+    print("--- sampled likewise, seed 11: without drafts | with drafts, copied from what stood before or by the smaller bundled model ---")
+    drafting = Decoder.bundled(draft=[PromptLookup(), "bundled"])
+    pairs = []
+    for _ in range(3):  # what drafts and steps cost has to be seen first
+        pairs.append([one.generate(DEMO_REPETITIVE_PROMPT, **options)[0] for one in (decoder, drafting)])
+    texts = (f"{DEMO_REPETITIVE_PROMPT}{output.text}".splitlines() for output in pairs[0])
+    for lines in itertools.zip_longest(*texts, fillvalue=""):
+        print(" | ".join(f"{line:<56.56}" for line in lines).rstrip())
+    same = all((output.token_ids, output.logprobs) == (plain.token_ids, plain.logprobs) for plain, output in pairs)
+    print(f"\nThe two are {'identical' if same else 'DIFFERENT'}, tokens and log-probabilities; each three times, of which the fastest:")
+    for title, outputs in zip(("without", "with"), zip(*pairs, strict=True), strict=True):
+        best = max(outputs, key=_speed)
+        print(f"  {title:<7} {_speed(best):6.0f} tokens/s, {_forwards([best])}")
+    print()
+    return same
+
+
+def _speed(output: RequestOutput) -> float:
+    """Tokens per second after the first."""
+    metrics = output.metrics
+    seconds = metrics.total_time - (metrics.time_to_first_token or 0.0)
+    return (metrics.num_new_tokens - 1) / seconds
+
+
+def _forwards(outputs: Sequence[RequestOutput]) -> str:
+    """What drafts have saved."""
+    forwards, new, drafted, accepted = (
+        sum(getattr(output.metrics, name) for output in outputs)
+        for name in ("num_forwards", "num_new_tokens", "num_drafted", "num_accepted")
+    )
+    saved = sum(output.metrics.forwards_saved for output in outputs)
+    return f"{forwards} forwards for {new} tokens ({saved / max(new, 1):.0%} saved); {accepted} of {drafted} drafted tokens accepted"
 
 
 def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> list[RequestOutput]:
@@ -231,6 +287,8 @@ def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> lis
     print(flush=True)
     if begun is not None and decoder.num_steps > begun[1]:
         _report(decoder, time.perf_counter() - begun[0], decoder.num_steps - begun[1], new_tokens, context)
+        if decoder.speculator is not None:
+            print(_forwards(outputs), file=sys.stderr)
     if alone and options.get("temperature"):
         print(f"seed {outputs[0].seed}", file=sys.stderr)
     return outputs

@@ -129,16 +129,16 @@ class Lookahead(TokenSequence):
 
     seed: int
     stream: int
+    drafted: tuple[int, ...]
 
     def __init__(self, before: Request | Lookahead, token: int | None = None) -> None:
-        drafted = before.drafted if isinstance(before, Lookahead) else ()
         self.request: Request = before.request if isinstance(before, Lookahead) else before
+        drafted = before.drafted if isinstance(before, Lookahead) else ()
         self.prompt, self.params, self.controls, self.end_token_ids = before.prompt, before.params, before.controls, before.end_token_ids
         self.seed, self.stream = before.seed, before.stream
         self.history, self.matcher = before.history, before.matcher
-        self.drafted = drafted
+        self.drafted = drafted if token is None else (*drafted, token)
         if token is not None:
-            self.drafted = (*drafted, token)
             if self.history is not None:
                 self.history = self.history.copy()
                 self.history.add(token)

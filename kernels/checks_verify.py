@@ -81,10 +81,8 @@ def parents(parent: list[int], start: list[int]) -> None:
                 raise ValueError(f"parent must be a node before its own, here in [0, {r - first}), got {parent[r]} at {r}")
 
 
-def drafted(draft: list[int], proposal: Tensor, first_row: int) -> None:
-    """Each token can come from its row of ``proposal [n, V]``, the rows ``first_row`` and on of the call."""
+def drafts(draft: list[int], vocab: int, first_row: int) -> None:
+    """The tokens of a chain, whose drafts begin at ``first_row`` of the call, are of the vocabulary."""
     for i, token in enumerate(draft):
-        if not 0 <= token < proposal.shape[1]:
-            raise ValueError(f"draft must be in [0, {proposal.shape[1]}), got {token} at {first_row + i}")
-        if int(proposal[i, token]) <= 0:
-            raise ValueError(f"draft must be a token with a mass in its row of proposal, got {token} at {first_row + i}")
+        if not 0 <= token < vocab:
+            raise ValueError(f"draft must be in [0, {vocab}), got {token} at {first_row + i}")

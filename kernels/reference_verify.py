@@ -85,10 +85,11 @@ def verify_block(
         p = shares(target[first : first + n + 1])
         q = shares(proposal[first + 1 : first + n + 1])  # row i: what x_(i + 1) was drawn from
         x = draft[first + 1 : first + n + 1].tolist()
-        checks_verify.drafted(x, proposal[first + 1 : first + n + 1], first + 1)
+        checks_verify.drafts(x, p.shape[1], first + 1)
         w = [1.0]
-        for i in range(n):
-            w.append(min(w[i] * float(p[i, x[i]]) / float(q[i, x[i]]), 1.0))
+        for i, token in enumerate(x):
+            given = float(q[i, token])  # 0 where it was drawn all the same: a mass below 1 is none
+            w.append(min(w[i] * float(p[i, token]) / given, 1.0) if given > 0 else 0.0)
         u = coins(seed[s : s + 1], position[s : s + 1], stream[s : s + 1], n)
         tau = next((i for i in range(n, 0, -1) if u[i] <= _acceptance(w[i], p[i], q[i] if i < n else None)), 0)
         mass = residual(w[tau], p[tau], q[tau]) if tau < n else residual(1.0, p[n], torch.zeros_like(p[n]))

@@ -165,7 +165,8 @@ def _blocks(ops: Ops, drafted: Sequence[_Drafted], logits: Tensor, drawn: Sequen
     """Block verification of chains: what is kept, and what is drawn after it."""
     rows = [r for one in drafted for r in range(one.rows.start, one.rows.stop)]
     own = logits[rows]
-    target, status = masses(ops, own, [s for one in drafted for s in (one.request, *one.draft.sequences)])
+    after: list[Request | Lookahead] = [s for one in drafted for s in (one.request, *one.draft.sequences)]  # type: ignore[misc]
+    target, status = masses(ops, own, after)
     proposal = torch.zeros_like(target)
     first = 0
     for one in drafted:

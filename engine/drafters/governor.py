@@ -18,7 +18,7 @@ from .draft import Draft
 
 _BINS = 10
 _FIRST_SLEEP, _LONGEST_SLEEP = 4, 1024  # steps between probes
-_PROBE_SHARE = 0.005  # of the time
+_PROBE_SHARE = 0.01  # of the time
 _PROBE_TOKENS = 3
 _LONGEST_LOOKUP = 32  # tokens
 _LEAST_GAIN = 1.02  # drafting must promise so much more goodput than none
@@ -138,28 +138,37 @@ class Record:
     rates: Rates
     asleep: int = 0  # steps until it is asked again
     sleep: int = _FIRST_SLEEP  # how many those are next time
-    cost: float = 0.0  # seconds of its last probe
+    cost: float = 0.0  # seconds that it last took to ask
     unverified: Draft | None = None  # guessed when the request had `at` tokens, and compared with what comes
     at: int = 0
 
     def limit(self, depth: Depth | None, most: int) -> int:
-        """How many of ``most`` tokens to ask for: as many as pay (all, where asking costs nothing: ``depth`` None), or 0; a few for a probe
-        when one is due."""
+        """How many of ``most`` tokens to ask for: as many as pay (a lookup's cost nothing: ``depth`` None), or 0; a few for a probe when one
+        is due."""
         if self.unverified is not None:
             return 0
-        if depth is None:
-            return min(most, _LONGEST_LOOKUP)
         if self.asleep:
             self.asleep -= 1
-            return 0 if self.asleep else min(most, _PROBE_TOKENS)
+            return 0 if self.asleep else min(most, _PROBE_TOKENS if depth is not None else _LONGEST_LOOKUP)
+        if depth is None:
+            return min(most, _LONGEST_LOOKUP)
         best = depth.best(self.rates.mean, most)
         if best:
             self.sleep = _FIRST_SLEEP
             return best
-        due = int(self.cost / (_PROBE_SHARE * depth.own)) if depth.own < math.inf else 0
-        self.asleep = min(max(self.sleep, due), _LONGEST_SLEEP)
+        self.rest(depth.own, self.sleep)
         self.sleep = min(2 * self.sleep, _LONGEST_SLEEP)
         return 0
+
+    def rest(self, plain: float, least: int = 0) -> None:
+        """Do not ask again for ``least`` steps, or more where asking takes more than its share of as many that take ``plain`` seconds."""
+        due = self.cost / (_PROBE_SHARE * plain)
+        self.asleep = min(max(least, int(due)), _LONGEST_SLEEP)
+
+    def leave(self, draft: Draft, at: int, plain: float) -> None:
+        """A draft that is not worth verifying: what comes after ``at`` tokens will show how good it was."""
+        self.unverified, self.at = draft, at
+        self.rest(plain)
 
     def compare(self, tokens: Sequence[int]) -> None:
         """Learn from what an unverified draft guessed, as far as it has come."""

@@ -33,8 +33,13 @@ def make_drafters(draft: Any) -> list[Drafter]:
     if isinstance(draft, str) and draft == "bundled":
         return [DraftModel(BUNDLED)]
     if isinstance(draft, (str, os.PathLike, nn.Module)):
-        return [DraftModel(draft)]
-    if callable(getattr(draft, "draft", None)) and callable(getattr(draft, "release", None)):
+        try:
+            return [DraftModel(draft)]
+        except (ValueError, TypeError, OSError) as error:
+            if type(error) in (ValueError, TypeError, FileNotFoundError):  # those of the loader: a sentence about its model
+                raise type(error)(f"draft: {error}") from None
+            raise
+    if callable(getattr(draft, "draft", None)) and callable(getattr(draft, "release", None)) and not isinstance(draft, type):
         return [draft]
     raise TypeError(
         f"draft is a {type(draft).__name__}; it must be a model, a path, 'bundled', a drafter (PromptLookup(), SuffixLookup(), "
@@ -86,7 +91,9 @@ class Speculator:
         costs = drafter.costs if isinstance(drafter, DraftModel) else None
         nodes = drafter.nodes if isinstance(drafter, DraftModel) else 1
         depth = None if costs is None else Depth(self.step_costs, costs(len(wanting)), batch, len(wanting), nodes)
-        asked: list[tuple[Request, int, Record]] = []
+        requests: list[Request] = []
+        limits: list[int] = []
+        records: list[Record] = []
         for request, most in wanting:
             record = self._record(request)[place]
             limit = most
@@ -95,25 +102,36 @@ class Speculator:
                 unknown = costs is not None and not costs
                 limit = min(most, 2 if unknown else record.limit(depth, most) * nodes)
             if limit:
-                asked.append((request, limit, record))
-        if not asked:
+                requests.append(request)
+                limits.append(limit)
+                records.append(record)
+        if not requests:
             return
-        requests, limits, records = ([one[i] for one in asked] for i in range(3))
         start = time.perf_counter()
         if isinstance(drafter, DraftModel):
             drafts = drafter.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
         else:
             drafts = drafter.draft(requests, limits)
-        if len(drafts) != len(asked):
+        if len(drafts) != len(requests):
             raise ValueError(
-                f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(asked)} requests; it must return one for each"
+                f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(requests)} requests; it must return one for each"
             )
-        seconds = (time.perf_counter() - start) / len(asked)
-        for (request, limit, record), draft in zip(asked, drafts, strict=True):
+        seconds = (time.perf_counter() - start) / len(requests)
+        plain = self.step_costs(batch) / batch
+        for request, limit, record, draft in zip(requests, limits, records, drafts, strict=True):
             record.cost = seconds
-            if draft := usable(request, draft, limit, self._vocab_size):
+            draft = usable(request, draft, limit, self._vocab_size)
+            if not draft:
+                record.rest(plain)
+            elif request.params.num_assistant_tokens is None and record.chances(draft)[0] < self._promised(request, place + 1):
+                record.leave(draft, request.num_tokens, plain)
+            else:
                 request.draft = draft
                 self._asked[request] = record
+
+    def _promised(self, request: Request, place: int) -> float:
+        """The chance of a token from the drafters that would be asked from this place on."""
+        return max((record.rates.mean for record in self._record(request)[place:] if not record.asleep), default=0.0)
 
     def _prune(self, batch: int, seconds: float) -> None:
         """Verify of the drafts, which took so long, what is likely enough to hold. Not of those for block verification: that would favour
@@ -133,7 +151,7 @@ class Speculator:
         for (request, record, draft), nodes in zip(governed, kept, strict=True):
             request.draft = draft.keep(nodes) or None
             if request.draft is None:
-                record.unverified, record.at = draft, request.num_tokens
+                record.leave(draft, request.num_tokens, self.step_costs(batch) / batch)
 
     def learn(self, verdict: Verdict) -> None:
         """Take in what became of a draft."""

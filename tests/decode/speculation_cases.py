@@ -242,6 +242,27 @@ def check_idle(decoder: Decoder) -> None:
             assert not drafter._seen
 
 
+def run_streams(target: Target, decoder: Decoder, indices: Iterable[int], error: type[Exception]) -> tuple[int, int]:
+    """Run requests as streams side by side, of which some fail with ``error``; how many ended as they should, and how many failed."""
+    streams = {i: decoder.stream(target.requests[i][0], params=target.params(i, num_assistant_tokens=3)) for i in indices}
+    ended = failed = 0
+    while streams:
+        for i, stream in list(streams.items()):
+            try:
+                event = next(stream)
+            except error:
+                failed += 1
+                del streams[i]
+                decoder.scheduler.check()
+                continue
+            if event.output is not None:
+                assert [outcome(event.output)] == target.plain([i])
+                ended += 1
+                del streams[i]
+    check_idle(decoder)
+    return ended, failed
+
+
 def watch(decoder: Decoder, preempt_every: int = 0) -> Decoder:
     """Have the invariants of queues and pools checked after each step, and now and then everybody preempted before one."""
     step = decoder.step

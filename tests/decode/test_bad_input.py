@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from decode.small_models import small_llama
 
-from engine import Decoder, SamplingParams
+from engine import Decoder, DraftModel, PromptLookup, SamplingParams
+from engine.drafters.speculator import BUNDLED
 
 CALLS = [
     ((""), {}, ValueError, "prompt 0 is empty"),
@@ -180,3 +183,110 @@ def test_a_model_that_is_none():
         Decoder(5)
     with pytest.raises(ValueError, match="model is a Linear"):
         Decoder(torch.nn.Linear(2, 2))
+
+
+SPECULATIVE = [
+    ({"num_assistant_tokens": -1}, ValueError, "num_assistant_tokens is -1; it must be an integer from 0 to 63, or None (as many as pay)"),
+    ({"num_assistant_tokens": 64}, ValueError, "num_assistant_tokens is 64; it must be an integer from 0 to 63"),
+    ({"num_assistant_tokens": True}, TypeError, "num_assistant_tokens is True; it must be an integer from 0 to 63"),
+    ({"num_assistant_tokens": "3"}, TypeError, "num_assistant_tokens is '3'"),
+    ({"num_assistant_tokens": 2.0}, TypeError, "num_assistant_tokens is 2.0"),
+    ({"num_speculative_tokens": -2}, ValueError, "num_assistant_tokens is -2"),
+    ({"num_draft_tokens": 3, "num_assistant_tokens": 3}, TypeError, "got 'num_assistant_tokens' twice"),
+    ({"speculative": "yes"}, TypeError, "speculative is 'yes'; it must be True or False"),
+    ({"speculative": 1}, TypeError, "speculative is 1; it must be True or False"),
+    ({"speculative": False, "num_assistant_tokens": 3}, ValueError,
+     "num_assistant_tokens is 3; with speculative=False it must be 0 or None"),
+    ({"speculative": True, "num_assistant_tokens": 0}, ValueError,
+     "num_assistant_tokens is 0; with speculative=True it must be at least 1, or None"),
+    ({"verification": "x"}, ValueError, "verification is 'x'; it must be 'replay' or 'block'"),
+    ({"verification": 3}, ValueError, "verification is 3; it must be 'replay' or 'block'"),
+    ({"verification": "block", "logits_processor": max}, ValueError, "verification is 'block'; it cannot be used with a logits_processor"),
+    ({"num_beams": 2, "speculative": True}, ValueError, "speculative is True; it cannot be used with num_beams above 1"),
+    ({"num_beams": 2, "num_assistant_tokens": 3}, ValueError, "num_assistant_tokens is 3; it cannot be used with num_beams above 1"),
+    ({"num_beams": 2, "verification": "block"}, ValueError, "verification is 'block'; it cannot be used with num_beams above 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "words"), SPECULATIVE, ids=[words[:50] for *_, words in SPECULATIVE])
+def test_options_of_speculation(llama, decoder: Decoder, options, error, words):
+    """With a drafter and without: what cannot be is the same."""
+    for one in (decoder, Decoder(llama, cache_tokens=256, draft=PromptLookup())):
+        with pytest.raises(error) as caught:
+            one.generate([5], **options)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+        assert not one.scheduler.has_work
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"speculative": True}, "speculative is True"),
+        ({"num_assistant_tokens": 3}, "num_assistant_tokens is 3"),
+        ({"verification": "block"}, "verification is 'block'"),
+    ],
+)
+def test_speculation_without_a_drafter(decoder: Decoder, options, words):
+    with pytest.raises(ValueError) as caught:
+        decoder.generate([[5], [6]], params=[SamplingParams(), SamplingParams(**options)])
+    assert str(caught.value) == f"{words}, but this decoder has no drafter; use Decoder(model, draft=...)"
+    assert not decoder.scheduler.has_work
+    for off in ({"speculative": False}, {"num_assistant_tokens": 0}, {"speculative": None, "verification": None}):
+        assert len(decoder.generate([5], max_new_tokens=2, **off)[0].token_ids) == 2
+
+
+NO_DRAFTER = "it must be a model, a path, 'bundled', a drafter (PromptLookup(), SuffixLookup(), DraftModel(...)), a list of these, or None"
+
+
+@pytest.mark.parametrize(
+    ("draft", "error", "words"),
+    [
+        (lambda: 5, TypeError, f"draft is a int; {NO_DRAFTER}"),
+        (lambda: True, TypeError, "draft is a bool; it must be a model"),
+        (lambda: {}, TypeError, "draft is a dict; it must be a model"),
+        (lambda: PromptLookup, TypeError, "draft is a type; it must be a model"),
+        (lambda: [PromptLookup(), None], TypeError, "draft is a NoneType; it must be a model"),
+        (lambda: [], ValueError, "draft is an empty list; it must name at least one drafter, or be None"),
+        (lambda: [PromptLookup(), ()], ValueError, "draft is an empty list"),
+        (lambda: "nowhere", FileNotFoundError, "draft: 'nowhere' does not exist"),
+        (lambda: torch.nn.Linear(2, 2), ValueError, "draft: model is a Linear"),
+        (lambda: small_llama().to("meta"), ValueError, "draft: model LlamaForCausalLM has parameters on device meta"),
+        (lambda: small_llama(vocab_size=99), ValueError,
+         "draft model LlamaForCausalLM has a vocabulary of 99 tokens; it must have the model's 101"),
+        (lambda: small_llama(max_position_embeddings=128), ValueError,
+         "draft model LlamaForCausalLM has a length of 128 tokens; it must have at least the model's 256, or use Decoder(max_position="),
+        (lambda: [one := DraftModel(small_llama()), one], ValueError,
+         "draft model LlamaForCausalLM drafts for another decoder already; make a DraftModel for each"),
+    ],
+)  # fmt: skip
+def test_a_draft_that_cannot_be(llama, draft, error, words):
+    with pytest.raises(error) as caught:
+        Decoder(llama, cache_tokens=256, draft=draft())
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
+
+
+def test_a_draft_model_serves_one_decoder(llama):
+    model = DraftModel(small_llama(seed=1))
+    with pytest.raises(RuntimeError, match="draft model LlamaForCausalLM belongs to no decoder yet"):
+        model.pool  # noqa: B018
+    Decoder(llama, cache_tokens=256, draft=model)
+    with pytest.raises(ValueError, match="drafts for another decoder already"):
+        Decoder(llama, cache_tokens=256, draft=model)
+    for width, error in ((0, ValueError), (64, ValueError), ("3", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"width is {width!r}; it must be an integer from 1 to 63"):
+            DraftModel(llama, width=width)
+
+
+def test_a_draft_with_another_tokenizer(tmp_path):
+    for file in BUNDLED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    text = (BUNDLED / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").unlink()
+    other = json.loads(text)
+    vocab = other["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(ValueError, match="draft model .* has another tokenizer than the model; the same ids must mean the same text"):
+        Decoder.bundled(cache_tokens=256, draft=tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    Decoder.bundled(cache_tokens=256, draft=[tmp_path, "bundled"])

@@ -12,6 +12,7 @@ import pytest
 
 from engine import Decoder
 from engine.cli import main
+from engine.drafters.speculator import BUNDLED
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -99,6 +100,36 @@ def test_the_demo_draws_twice_the_same_and_writes_json(capsys):
     assert list(value) == ["name", "kind", "arguments", "public"] and value["kind"] in ("function", "class", "constant")
 
 
+def test_the_demo_shows_what_drafts_save(capsys):
+    assert main(["demo"]) == 0
+    shown = capsys.readouterr().out.split("| with drafts", 1)[1].split("--- JSON", 1)[0]
+    text, report = shown.split("\nThe two are identical, tokens and log-probabilities; ")
+    columns = [line.split(" | ") for line in text.splitlines()[1:] if line.strip()]
+    assert len(columns) > 8 and all(left.rstrip() == right for left, right in columns if left.strip())
+    plain, drafted = (re.search(rf"  {name} +\d+ tokens/s, (\d+) forwards for (\d+) tokens", report) for name in ("without", "with"))
+    assert plain and drafted and plain[1] == plain[2] == drafted[2] == "60" and int(drafted[1]) < 50
+
+
+@pytest.mark.parametrize("draft", [["lookup"], ["suffix"], ["bundled"], ["lookup", "bundled"], [str(BUNDLED)], ["suffix", "lookup"]])
+def test_drafts_write_the_same(draft: list[str], capsys):
+    prompt, arguments = "x = [1, 2, 1, 2, 1, 2,", ["--temperature", "0.5", "--seed", "3", "--max-new-tokens", "24"]
+    assert main(["generate", prompt, *arguments]) == 0
+    plain = capsys.readouterr()
+    assert "forwards" not in plain.err
+    drafts = [word for name in draft for word in ("--draft", name)]
+    assert main(["generate", prompt, *arguments, *drafts, "--num-assistant-tokens", "5"]) == 0
+    drafted = capsys.readouterr()
+    assert drafted.out == plain.out
+    found = re.search(r"(\d+) forwards for (\d+) tokens \((\d+)% saved\); (\d+) of (\d+) drafted tokens accepted", drafted.err)
+    assert found
+    forwards, tokens, percent, accepted, count = map(int, found.groups())
+    assert tokens == 24 and 0 < accepted <= count and forwards + accepted == tokens
+    assert percent == round(100 * (tokens - forwards) / tokens)
+    # With as many as pay, which is a matter of time.
+    assert main(["generate", prompt, *arguments, *drafts]) == 0
+    assert capsys.readouterr().out == plain.out
+
+
 def test_info_names_every_backend():
     result = run("info", "--no-measure")
     assert result.returncode == 0, result.stderr
@@ -122,12 +153,17 @@ def test_errors_are_one_line(arguments: list[str], words: str):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--num-assistant-tokens", "64", "--draft", "lookup"], "error: num_assistant_tokens is 64; it must be an integer from 0 to 63"),
+        (["--num-assistant-tokens", "3"], "error: num_assistant_tokens is 3, but this decoder has no drafter"),
+        (["--draft", "nowhere"], "error: draft: 'nowhere' does not exist"),
+        (["--draft", "lookup", "--num-beams", "2", "--num-assistant-tokens", "3"],
+         "error: num_assistant_tokens is 3; it cannot be used with num_beams above 1"),
         (["--top-p", "0"], "error: top_p is 0.0; it must be a number above 0, at most 1"),
         (["--logit-bias", "5000=1"], "error: logit_bias holds 5000; the model's vocabulary has ids 0 to 4095"),
         (["--json-schema", "nowhere.json"], "error: json_schema is 'nowhere.json', which is not JSON"),
         (["--min-new-tokens", "9", "--max-new-tokens", "8"], "error: min_new_tokens is 9; it must be at most max_new_tokens, which is 8"),
     ],
-)
+)  # fmt: skip
 def test_errors_of_the_controls(arguments: list[str], words: str, capsys):
     assert main(["generate", "x", *arguments]) == 2
     written = capsys.readouterr()

@@ -13,6 +13,7 @@ from decode.speculation_cases import (
     check_idle,
     compare,
     outcome,
+    run_streams,
     target,
     total,
     watch,
@@ -239,36 +240,21 @@ def check_events(events: list[StreamEvent], expected: tuple) -> None:
     assert all(event.output is None for event in events[:-1])
 
 
-def test_a_step_that_fails_is_repeated(llama: Target, monkeypatch):
-    """Everybody running starts over from the tokens that they have; the drafters too."""
-    for kind in ("near", "tree", "suffix"):
-        decoder = watch(llama.speculative(llama.drafter(kind), max_batch_size=16))
-        run, rng = decoder.runner.run, random.Random(0)
+@pytest.mark.parametrize("kind", ["near", "tree", "suffix"])
+def test_a_step_that_fails_is_repeated(llama: Target, kind: str, monkeypatch):
+    """Everybody else starts over from the tokens that they have; the drafters too."""
+    decoder = watch(llama.speculative(llama.drafter(kind), max_batch_size=16))
+    run, rng = decoder.runner.run, random.Random(0)
 
-        def failing(plan, run=run, rng=rng):
-            logits = run(plan)
-            if rng.random() < 0.1:
-                raise RuntimeError("the machine has hiccups")
-            return logits
+    def failing(plan):
+        logits = run(plan)
+        if rng.random() < 0.1:
+            raise RuntimeError("the machine has hiccups")
+        return logits
 
-        monkeypatch.setattr(decoder.runner, "run", failing)
-        streams = [decoder.stream(llama.requests[i][0], params=llama.params(i, num_assistant_tokens=6)) for i in range(0, COUNT, 13)]
-        requests = [drain(stream, decoder) for stream in streams]
-        assert sum(failures for _, failures in requests) > 3
-        check_idle(decoder)
-
-
-def drain(stream, decoder: Decoder) -> tuple[StreamEvent | None, int]:
-    """To its end; an error ends a stream, and nothing but that stream."""
-    event, failures = None, 0
-    try:
-        for event in stream:
-            pass
-    except RuntimeError as error:
-        assert "hiccups" in str(error)
-        failures = 1
-    decoder.scheduler.check()
-    return event, failures
+    monkeypatch.setattr(decoder.runner, "run", failing)
+    ended, failed = run_streams(llama, decoder, range(0, COUNT, 4), RuntimeError)
+    assert ended > 10 and failed > 3
 
 
 def test_the_models_are_those_that_are_meant():

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 import pytest
-from decode.speculation_cases import Target, check_cell, check_idle, outcome, target, total, watch
+from decode.speculation_cases import COUNT, Target, check_cell, check_idle, run_streams, target, total, watch
 
 from engine import Draft
 from engine.request import Request
@@ -195,23 +195,8 @@ def test_one_that_raises_fails_the_call_and_nothing_else():
 
     drafter = Hostile(one, raising)
     decoder = watch(one.speculative(drafter))
-    streams = {i: decoder.stream(one.requests[i][0], params=one.params(i, num_assistant_tokens=2)) for i in range(0, 208, 4)}
-    ended, failed = 0, 0
-    while streams:
-        for i, stream in list(streams.items()):
-            try:
-                event = next(stream, None)
-            except LookupError:
-                failed += 1
-                del streams[i]
-                decoder.scheduler.check()
-                continue
-            if event is not None and event.output is not None:
-                assert [outcome(event.output)] == one.plain([i])
-                ended += 1
-                del streams[i]
+    ended, failed = run_streams(one, decoder, range(0, COUNT, 4), LookupError)
     assert ended > 10 and failed > 3 and not drafter.known
-    check_idle(decoder)
 
 
 def test_one_that_answers_for_others():

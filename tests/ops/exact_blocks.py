@@ -147,6 +147,8 @@ def by_itself(target: Model, n: int) -> Counter[tuple[int, ...]]:
 
 
 def mean_accepted(kind: type[Block], target: Model, proposal: Model, n: int) -> Fraction:
-    law = ((tau * chance * share, x) for x, chance in drafted(proposal, n)
-           for (tau, _), share in block_of(kind, target, proposal, x).outcomes().items())  # fmt: skip
-    return sum((part for part, _ in law), ZERO)
+    """``E[tau]``."""
+    mean = ZERO
+    for x, chance in drafted(proposal, n):
+        mean += chance * sum(tau * share for tau, share in enumerate(block_of(kind, target, proposal, x).stops()))
+    return mean

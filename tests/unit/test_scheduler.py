@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 
 from engine.blocks import BlockPool
+from engine.drafters.draft import MAX_DRAFT, Draft
 from engine.params import SamplingParams
 from engine.request import Beam, Drawn, Request
 from engine.scheduler import Scheduler, StepPlan
@@ -41,11 +43,44 @@ def choose(scheduler: Scheduler, request: Request, rng: random.Random) -> None:
     request.beams = children
 
 
-def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | None = None) -> StepPlan:
-    """One step without a model: every row draws token 7."""
+def offer(scheduler: Scheduler, rng: random.Random) -> None:
+    """Drafts of any size, for whom a speculator would have some."""
+    for request in scheduler.running:
+        request.draft = None
+        most = min(MAX_DRAFT, request.max_new_tokens - request.num_new_tokens - 1)
+        if not request.searches and not request.followers and request.num_missing == 1 and most > 0 and rng.random() < 0.7:
+            size = rng.randint(1, most)
+            request.draft = rng.choice([chain(size), Draft((7,) * size, (0,) * size, (0.5,) * size)])
+
+
+def chain(size: int) -> Draft:
+    return Draft.chain([7] * size, [0.5] * size)
+
+
+def without_drafts(scheduler: Scheduler) -> list[tuple]:
+    """What would be planned if nobody had a draft, and who would then be running."""
+    twin = copy.deepcopy(scheduler)
+    for request in twin.running:
+        request.draft = None
+    return planned(twin, twin.plan())
+
+
+def planned(scheduler: Scheduler, plan: StepPlan) -> list[tuple]:
+    sequences = [(s.request.num_preemptions, s.start, s.num_tokens, len(s.rows), s.sequence.num_tokens) for s in plan.sequences]
+    return [*sequences, tuple(plan.copies), len(scheduler.running), len(scheduler.waiting)]
+
+
+def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | None = None, drafts: bool = False) -> StepPlan:
+    """One step without a model: every row draws token 7, and any number of a draft's tokens holds."""
+    if drafts and rng is not None:
+        offer(scheduler, rng)
+    expected = without_drafts(scheduler) if drafts and rng is not None and rng.random() < 0.25 else None  # copies are slow
     plan = scheduler.plan()
+    if drafts:
+        assert expected in (None, planned(scheduler, plan)), "a draft costs somebody a token or a block"
+        assert all(request.draft is None for request in (*scheduler.running, *scheduler.waiting))
     scheduler.check()
-    total = sum(s.num_tokens for s in plan.sequences)
+    total = sum(s.num_tokens + len(s.draft) for s in plan.sequences)
     assert total <= scheduler.max_batch_tokens
     assert all(1 <= s.num_tokens <= scheduler.prefill_chunk for s in plan.sequences)
     scheduler.commit(plan)
@@ -58,14 +93,23 @@ def run(scheduler: Scheduler, finish_early: float = 0.0, rng: random.Random | No
         if request.beams[0].num_new_tokens == request.max_new_tokens:
             request.finish("length", text=None)
             scheduler.remove(request)
-    for request in rows:
-        if not isinstance(request, Request):
+    for row in plan.rows:
+        request = row.sequence
+        if row.node or not isinstance(request, Request):
             continue
-        request.append(Drawn(7, 0.0, 0.0))
+        draft = plan.sequences[row.scheduled].draft
+        held = rng.randint(0, max(draft.depths())) if rng is not None and draft else 0
+        for _ in range(held + 1):
+            request.append(Drawn(7, 0.0, 0.0))
         if request.num_new_tokens == request.max_new_tokens or (rng is not None and rng.random() < finish_early):
             request.finish("length", text=None)
             scheduler.remove(request)
-            scheduler.check()
+        elif draft:
+            computed = request.num_computed
+            scheduler.accept(request, held)
+            assert request.num_computed == computed + held and request.num_missing == 1
+            assert len(request.block_table) == scheduler.pool.blocks_for(request.num_computed)
+        scheduler.check()
     return plan
 
 
@@ -172,9 +216,88 @@ def test_a_leader_removed_early_passes_its_followers_on():
     assert all(f.finished for f in followers) and not leader.finished
 
 
+def drafting(num_blocks: int, lengths: list[int], sizes: list[int], **options: int) -> tuple[Scheduler, list[Request]]:
+    """Requests of these lengths that only lack their last token, and have drafts of these sizes."""
+    scheduler = scheduler_of(num_blocks, **options)
+    requests = [make(length - 1, 100) for length in lengths]
+    for request in requests:
+        scheduler.add(request)
+    while any(not request.num_new_tokens for request in requests):
+        run(scheduler)
+    for request, size in zip(requests, sizes, strict=True):
+        request.draft = chain(size)
+    return scheduler, requests
+
+
+def placed(scheduler: Scheduler) -> list[int]:
+    plan = scheduler.plan()
+    scheduler.check()
+    assert all(len(s.sequence.block_table) == scheduler.pool.blocks_for(s.end + len(s.draft)) for s in plan.sequences)
+    assert len(plan.rows) == sum(len(s.rows) + len(s.draft) for s in plan.sequences)
+    return [len(s.draft) for s in plan.sequences]
+
+
+def test_drafts_get_what_is_left_of_the_budget_the_oldest_first():
+    scheduler, _ = drafting(100, [10, 10, 10], [5, 20, 9], max_batch_size=3, max_batch_tokens=20)
+    assert placed(scheduler) == [5, 12, 0]
+
+
+def test_drafts_get_what_is_left_of_the_pool():
+    # 4 blocks of 16: after the last tokens one is free, of which the first request takes all.
+    scheduler, _ = drafting(4, [30, 10], [63, 63], max_batch_tokens=500)
+    assert placed(scheduler) == [18, 6]
+    scheduler, _ = drafting(2, [16, 16], [63, 1])
+    assert placed(scheduler) == [0, 0]
+    assert scheduler.pool.num_free == 0
+
+
+def test_a_draft_preempts_nobody_and_goes_with_its_request():
+    scheduler, (first, second) = drafting(2, [16, 16], [63, 63])
+    first.append(Drawn(7, 0.0, 0.0))  # it now needs a second block, which is the other's
+    plan = scheduler.plan()
+    assert [s.request for s in plan.sequences] == [first] and not plan.sequences[0].rows[1:]
+    assert second.num_preemptions == 1 and second.draft is None and scheduler.waiting[0] is second
+    assert len(plan.sequences[0].draft) == 15  # the rest of its block: the waiting one does not fit anyway
+
+
+def test_a_draft_whose_request_lacks_more_than_its_last_token_is_dropped():
+    scheduler = scheduler_of(20, prefill_chunk=8)
+    request = make(30, 5)
+    scheduler.add(request)
+    run(scheduler)
+    request.draft = chain(4)
+    assert placed(scheduler) == [0] and request.draft is None
+
+
+def test_what_holds_of_a_draft_stays_and_the_blocks_of_the_rest_are_free():
+    for held in range(0, 41):
+        scheduler, (request,) = drafting(20, [10], [40])
+        plan = scheduler.plan()
+        assert scheduler.pool.num_free == 16 and plan.sequences[0].end == 10
+        scheduler.commit(plan)
+        assert request.num_computed == 10 and request.peak_blocks == 4
+        for _ in range(held + 1):
+            request.append(Drawn(7, 0.0, 0.0))
+        scheduler.accept(request, held)
+        scheduler.check()
+        assert request.num_computed == 10 + held and request.num_missing == 1
+        assert scheduler.pool.num_free == 20 - scheduler.pool.blocks_for(10 + held)
+
+
+def test_a_row_for_each_node_and_beams_last():
+    scheduler, (first, second) = drafting(40, [10, 12], [2, 0])
+    first.draft = Draft((1, 2), (0, 0), (0.5, 0.5))
+    second.draft = None
+    beams = make_beams(5, 9, 3)
+    scheduler.add(beams)
+    rows = scheduler.plan().rows
+    assert [(row.sequence, row.scheduled, row.node) for row in rows[:4]] == [(first, 0, 0), (first, 0, 1), (first, 0, 2), (second, 1, 0)]
+    assert [row.sequence for row in rows[4:]] == beams.beams
+
+
 @pytest.mark.parametrize("hundred", range(10))
 def test_random_schedules_end_with_every_block_free(hundred: int):
-    """A thousand schedules of admit, append, fork, truncate, preempt, abort and finish."""
+    """A thousand schedules of admit, append, fork, draft, truncate, preempt, abort and finish."""
     for seed in range(100 * hundred, 100 * hundred + 100):
         random_schedule(random.Random(seed))
 
@@ -202,14 +325,14 @@ def random_schedule(rng: random.Random) -> None:
         elif action < 0.5:
             scheduler.preempt_running()
         elif action < 0.6 and scheduler.running:
-            request = rng.choice(scheduler.running)  # speculation will take tokens back like this
+            request = rng.choice(scheduler.running)
             if request.searches:
                 continue
             keep = rng.randint(0, request.num_computed)
             scheduler.pool.truncate(request.block_table, keep)
             request.num_computed = keep
         else:
-            run(scheduler, finish_early=0.1, rng=rng)
+            run(scheduler, finish_early=0.1, rng=rng, drafts=True)
         scheduler.check()
     for _ in range(2000):
         if not scheduler.has_work:

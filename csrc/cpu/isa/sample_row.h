@@ -188,9 +188,10 @@ ENGINE_INLINE void scan(const Row& row, const T* raw, int64_t chunk) {
             }
         }
         row.raw_max[begin / kBlock + b] = m;
-        row.block_z[begin / kBlock + b] = m / row.temperature;  // still the largest: rounding is monotonic
         largest = m > largest ? m : largest;
     }
+    for (int64_t b = begin / kBlock; b * kBlock < begin + n; ++b)
+        row.block_z[b] = row.raw_max[b] / row.temperature;  // still the largest: rounding is monotonic
     row.stats[chunk] = {0, largest, nan.any()};
     if (row.logprobs && !nan.any()) row.stats[chunk].sum = exp_sum(raw + begin, n, largest);
 }

@@ -77,7 +77,7 @@ ENGINE_INLINE void walk(const VerifyBlockArgs& a, int64_t s, ChainRow* rows) {
     while (rows[r++].goes_on) {
         const double p = static_cast<double>(a.target[(r - 1) * a.vocab + a.draft[r]]) / rows[r - 1].target_sum;
         const double q = static_cast<double>(a.proposal[r * a.vocab + a.draft[r]]) / rows[r].proposal_sum;
-        const double w = rows[r - 1].w * p / q;
+        const double w = q > 0 ? rows[r - 1].w * p / q : 0;  // q is 0 where the token was drawn all the same: a mass below 1 is none
         rows[r].w = w < 1 ? w : 1;
     }
 }
