@@ -75,12 +75,8 @@ def verify_block(
     tokens = torch.full_like(seed, -1)
     outcome = torch.empty_like(accepted)
     for s, (first, last) in enumerate(zip(starts, starts[1:], strict=False)):
-        outcome[s] = states[first]
-        path[first] = 0
-        if states[first] != STATUS_OK:
-            continue
-        n = 0  # drafts before the first row that failed
-        while first + n + 1 < last and states[first + n + 1] == STATUS_OK:
+        n = 0  # drafts up to the first row that failed
+        while first + n + 1 < last and states[first + n] == STATUS_OK:
             n += 1
         p = shares(target[first : first + n + 1])
         q = shares(proposal[first + 1 : first + n + 1])  # row i: what x_(i + 1) was drawn from
@@ -92,6 +88,11 @@ def verify_block(
             w.append(min(w[i] * float(p[i, token]) / given, 1.0) if given > 0 else 0.0)
         u = coins(seed[s : s + 1], position[s : s + 1], stream[s : s + 1], n)
         tau = next((i for i in range(n, 0, -1) if u[i] <= _acceptance(w[i], p[i], q[i] if i < n else None)), 0)
+        accepted[s] = tau
+        path[first : first + tau + 1] = torch.arange(tau + 1, device=path.device)
+        outcome[s] = states[first + tau]
+        if states[first + tau] != STATUS_OK:
+            continue
         mass = residual(w[tau], p[tau], q[tau]) if tau < n else residual(1.0, p[n], torch.zeros_like(p[n]))
         if not bool(mass.any()):
             mass = residual(1.0, p[tau], torch.zeros_like(p[tau]))
@@ -100,8 +101,6 @@ def verify_block(
         ).log_exponential[0]  # fmt: skip
         share = torch.where(mass > 0, mass, 1 << SHARE_BITS).double().float() * 2.0**-SHARE_BITS
         tokens[s] = torch.where(mass > 0, fixed_math.log(share) - log_e, -torch.inf).argmax()
-        accepted[s] = tau
-        path[first : first + tau + 1] = torch.arange(tau + 1, device=path.device)
     return VerifyResult(accepted, path, tokens, outcome)
 
 

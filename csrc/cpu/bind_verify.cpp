@@ -62,8 +62,7 @@ void verify_drafts(const std::array<uintptr_t, 5>& arguments, int64_t rows, int6
 // The tokens of each chain, up to the first row that failed, are of the vocabulary.
 void check_draft(const VerifyBlockArgs& a) {
     for (int64_t s = 0; s < a.sequences; ++s) {
-        if (a.status[a.start[s]] != kOk) continue;
-        for (int64_t r = a.start[s] + 1; r < a.start[s + 1] && a.status[r] == kOk; ++r)
+        for (int64_t r = a.start[s] + 1; r < a.start[s + 1] && a.status[r - 1] == kOk; ++r)
             if (a.draft[r] < 0 || a.draft[r] >= a.vocab)
                 throw py::value_error("draft must be in [0, " + std::to_string(a.vocab) + "), got " + std::to_string(a.draft[r]) + " at " +
                                       std::to_string(r));

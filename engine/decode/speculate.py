@@ -43,9 +43,10 @@ def certain_end(before: Request | Lookahead, token: int) -> Lookahead:
 def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft:
     """What of a draft can be verified: at most ``limit`` tokens of the vocabulary, in a draft's order, that the request can go on after.
 
-    A stochastic draft for block verification is taken as it is: to leave out what its tokens tell would favour others.
+    A stochastic draft for block verification is taken as it is: to leave out what its tokens tell would favour others. Without
+    ``sequences`` it counts as a certain one.
     """
-    if draft.proposal:
+    if draft.proposal and draft.sequences:
         return draft
     sequences: dict[int, Lookahead] = {}
     depths = {0: 0}
@@ -123,7 +124,7 @@ def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -
         request, draft = row.sequence, plan.sequences[row.scheduled].draft
         assert isinstance(request, Request)
         if draft:
-            by_block = request.params.verification == "block" and not request.controls.greedy
+            by_block = request.params.verification == "block" and not request.controls.greedy and draft.is_chain
             (blocks if by_block else replayed).append(_Drafted(request, draft, r))
         found[r] = Verdict(request, draft, [drawn[r]], [0])  # in its place; drafted ones are replaced
     if replayed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from engine import Decoder, DraftModel, PromptLookup, RequestOutput, SamplingPar
 from engine.request import Request
 
 TEMPERATURES = (0.0, 0.3, 0.8, 1.2)
-COUNT = 208  # requests of a cell: each kind at each temperature twice
+COUNT = 208  # requests of a cell
 MODELS = ("llama", "llama bfloat16", "mistral window", "qwen3 biases and layer types")
 # Small models draw letters at random, the bundled one writes code.
 STOPS = {"small": ("q", "7", "Z", "ab"), "bundled": ("return", "(self", "\n\n", " in")}
@@ -91,12 +92,12 @@ def kinds(vocab_size: int, stops: Sequence[str]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def make_requests(vocab_size: int, stops: Sequence[str], seed: int = 0) -> list[tuple[list[int], dict[str, Any]]]:
-    """``COUNT`` requests, prompt and options, each with a seed of its own."""
-    rng = random.Random(seed)
+def make_requests(vocab_size: int, stops: Sequence[str], temperatures: Sequence[float]) -> list[tuple[list[int], dict[str, Any]]]:
+    """``COUNT`` requests, prompt and options, eight of each kind, each with a seed of its own."""
+    rng = random.Random(0)
     requests = []
     for options in kinds(vocab_size, stops).values():
-        for temperature in (*TEMPERATURES, *TEMPERATURES):
+        for temperature in itertools.islice(itertools.cycle(temperatures), 8):
             text = rng.sample(range(4, vocab_size), rng.choice([1, 2, 5, 15, 16, 17]))
             prompt = text * (rng.choice([1, 1, 2, 3]) if len(text) > 1 else 1)  # repetitions for those who look up
             own = {"max_new_tokens": rng.randint(9, 28), "temperature": temperature, "ignore_eos": rng.random() < 0.7}
@@ -108,7 +109,7 @@ def make_requests(vocab_size: int, stops: Sequence[str], seed: int = 0) -> list[
 class Target:
     """A model to be drafted for, its requests, and their outputs without drafts."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, temperatures: Sequence[float] = TEMPERATURES) -> None:
         self.name = name
         self.options: dict[str, Any] = {"cache_tokens": 16384}
         if name == "bundled":
@@ -120,7 +121,7 @@ class Target:
             self.options["tokenizer"] = small_tokenizer(self.model.config.vocab_size)
             self.decoder = Decoder(self.model, **self.options)
         self.vocab_size = self.decoder.config.vocab_size
-        self.requests = make_requests(self.vocab_size, STOPS["bundled" if name == "bundled" else "small"])
+        self.requests = make_requests(self.vocab_size, STOPS["bundled" if name == "bundled" else "small"], temperatures)
         self._plain: dict[int, tuple[Any, ...]] = {}
 
     def plain(self, indices: Iterable[int]) -> list[tuple[Any, ...]]:
@@ -184,7 +185,8 @@ def near(name: str) -> torch.nn.Module:
 @functools.cache
 def other(name: str) -> torch.nn.Module:
     """A model that has nothing to do with it, of another shape."""
-    return small_llama(seed=9, vocab_size=target(name).vocab_size, num_hidden_layers=1, max_position_embeddings=512)
+    config = target(name).decoder.config
+    return small_llama(seed=9, vocab_size=config.vocab_size, num_hidden_layers=1, max_position_embeddings=config.max_position)
 
 
 def outcome(output: RequestOutput) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from decode.speculation_cases import (
     watch,
 )
 
-from engine import BeamParams, Decoder, DraftModel, SamplingParams, StreamEvent
+from engine import BeamParams, DraftModel, SamplingParams, StreamEvent
 
 # model, drafter, num_assistant_tokens (several: by turns), batch size
 CELLS = [
@@ -29,7 +29,7 @@ CELLS = [
     ("llama", "near", (None, 0, 3, 10), 16),
     ("llama", "other", 3, 16),
     ("llama", "wide tree", 10, 16),
-    ("llama", "tree", (2, 7, 30), 2),
+    ("llama", "tree", (2, 7, 30), 6),
     ("llama", "tree of the same", 20, 5),
     ("llama", "lookup", 10, 16),
     ("llama", "suffix", 6, 16),
@@ -58,7 +58,7 @@ def test_a_cell(model: str, kind: str, num_assistant_tokens, batch: int):
     if num_assistant_tokens is None:
         return  # how much is drafted then is a matter of time
     accepted = total(outputs, "num_accepted")
-    assert accepted > {"other": 200, "lookup": 100, "suffix": 100}.get(kind, 900)
+    assert accepted > {"other": 200, "lookup": 100, "suffix": 40}.get(kind, 900)
     if kind == "same":
         assert accepted == total(outputs, "num_drafted")
     if batch == 1 and isinstance(num_assistant_tokens, tuple) and 0 in num_assistant_tokens:
@@ -72,7 +72,7 @@ def test_the_bundled_pair(kind: str):
     assert total(outputs, "num_accepted") > (10 if kind == "suffix" else 80)
 
 
-@pytest.mark.parametrize("kind", ["near", "tree", "suffix", "list"])
+@pytest.mark.parametrize("kind", ["near", "tree", "list"])
 def test_across_preemptions(llama: Target, kind: str):
     decoder = watch(llama.speculative(llama.drafter(kind), cache_tokens=160, max_batch_size=16))
     outputs = check_cell(llama, decoder, (4, 10, 40), range(0, COUNT, 2))
@@ -92,8 +92,8 @@ def test_across_preemptions(llama: Target, kind: str):
 )
 @pytest.mark.parametrize("kind", ["near", "wide tree"])
 def test_with_other_budgets(llama: Target, kind: str, options: dict):
-    outputs = check_cell(llama, watch(llama.speculative(llama.drafter(kind), **options)), (4, 12), range(0, COUNT, 2))
-    assert total(outputs, "num_accepted") > 200
+    outputs = check_cell(llama, watch(llama.speculative(llama.drafter(kind), **options)), (4, 12), range(0, COUNT, 4))
+    assert total(outputs, "num_accepted") > 100
 
 
 @pytest.mark.parametrize("kind", ["near", "tree"])
@@ -248,13 +248,13 @@ def test_a_step_that_fails_is_repeated(llama: Target, kind: str, monkeypatch):
 
     def failing(plan):
         logits = run(plan)
-        if rng.random() < 0.1:
+        if rng.random() < 0.3:
             raise RuntimeError("the machine has hiccups")
         return logits
 
     monkeypatch.setattr(decoder.runner, "run", failing)
     ended, failed = run_streams(llama, decoder, range(0, COUNT, 4), RuntimeError)
-    assert ended > 10 and failed > 3
+    assert ended > 5 and failed > 5
 
 
 def test_the_models_are_those_that_are_meant():

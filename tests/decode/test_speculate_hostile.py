@@ -154,8 +154,12 @@ def as_lists(rng, future, limit):
     return Draft(list(future[:limit]), list(range(limit)), [0.5] * limit)  # type: ignore[arg-type]
 
 
+def senseless_proposals(rng, future, limit):
+    return Draft(tuple(future[:limit]), tuple(range(limit)), proposal=tuple("masses" for _ in range(rng.randrange(5))))
+
+
 NEVER = [always_wrong, empty]
-RIGHT = [the_truth, no_confidences, odd_confidences, fewer_confidences, as_lists]
+RIGHT = [the_truth, no_confidences, odd_confidences, fewer_confidences, as_lists, senseless_proposals]
 OFTEN = [half_the_truth, fewer_parents, fewer_tokens, out_of_vocabulary, no_such_parents, past_the_end, duplicate_siblings, tree, unordered]
 OFTEN += [too_much]
 RARELY = [wide_tree, random_tokens, the_same_for_ever]
@@ -166,7 +170,7 @@ def test_it_changes_nothing(make: Make):
     one = target("llama")
     drafter = Hostile(one, make)
     # 63 and None: all that the batch's budget of tokens leaves room for.
-    outputs = check_cell(one, watch(one.speculative(drafter, max_batch_size=9)), (3, 10, 63, None))
+    outputs = check_cell(one, watch(one.speculative(drafter, max_batch_size=9)), (3, 10, 63, None), range(0, COUNT, 2))
     assert not drafter.known
     accepted, forwards, tokens = (total(outputs, f"num_{name}") for name in ("accepted", "forwards", "new_tokens"))
     if make in NEVER:
@@ -175,7 +179,7 @@ def test_it_changes_nothing(make: Make):
         assert accepted == total(outputs, "num_drafted")
         assert all(o.metrics.num_drafted for i, o in enumerate(outputs) if i % 4 < 3 and o.metrics.num_new_tokens > 3)
     else:
-        assert accepted > (300 if make in OFTEN else 10)
+        assert accepted > (150 if make in OFTEN else 5)
 
 
 def test_two_hostile_ones_and_a_model():

@@ -346,21 +346,23 @@ def test_certain_targets_are_followed_as_far_as_drafted(verify_block: Any) -> No
             assert max(result.num_accepted.tolist()) <= kept
 
 
-def test_a_chain_ends_before_the_first_row_that_failed(verify_block: Any) -> None:
-    given = block_cases.chains([6] * 30, "near", 50, False, torch.Generator().manual_seed(7))
+def test_a_chain_ends_with_the_first_row_that_failed(verify_block: Any) -> None:
+    given = block_cases.chains([6] * 60, "near", 50, False, torch.Generator().manual_seed(7))
     first = given["start"][:-1].long()
+    keep = torch.arange(360) % 6 < 4
+    whole = {name: given[name][keep] for name in ("target", "status", "proposal", "draft")}
+    expected = verify_block(**{**given, **whole, "start": ints(*range(0, 241, 4))})
     given["status"][first + 3] = STATUS_NAN
     given["target"][first + 3] = 0
     given["draft"][first + 4] = 99  # what comes after it is not looked at
     given["proposal"][first + 5] = 0
     cut = verify_block(**given)
-    keep = torch.arange(180) % 6 < 3
-    short = {name: given[name][keep] for name in ("target", "status", "proposal", "draft")}
-    expected = verify_block(**{**given, **short, "start": ints(*range(0, 91, 3))})
-    assert torch.equal(cut.num_accepted, expected.num_accepted) and torch.equal(cut.tokens, expected.tokens)
-    assert cut.status.tolist() == [STATUS_OK] * 30
+    assert torch.equal(cut.num_accepted, expected.num_accepted)
+    failed = expected.num_accepted == 3
+    assert 0 < int(failed.sum()) < 60
+    assert torch.equal(cut.tokens, torch.where(failed, -1, expected.tokens))
+    assert torch.equal(cut.status == STATUS_NAN, failed) and torch.equal(cut.status == STATUS_OK, ~failed)
     assert torch.equal(cut.path[keep], expected.path) and set(cut.path[~keep].tolist()) == {-1}
-    assert max(cut.num_accepted.tolist()) == 2
 
 
 def test_a_chain_whose_first_row_failed_has_its_status(verify_block: Any) -> None:

@@ -70,16 +70,13 @@ ENGINE_INLINE void tile_columns(const T* w, int64_t k, int64_t rows, const float
     for (int64_t j = 0; j < rows; ++j) tile<T, MR, 1, 0>(w + j * k, k, x, xs, len, sums + j, ld, first, ahead);
 }
 
-template <class T, int kFetch>
+template <class T, int kFetch, int MR = kTileRows>
 ENGINE_INLINE void tile_rows(int64_t m, const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t len, float* sums,
                              int64_t ld, bool first, Ahead ahead) {
-    if constexpr (kTileRows >= 3) {
-        if (m >= 3) return tile_columns<T, 3, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
+    if constexpr (MR > 1) {
+        if (m < MR) return tile_rows<T, kFetch, MR - 1>(m, w, k, rows, x, xs, len, sums, ld, first, ahead);
     }
-    if constexpr (kTileRows >= 2) {
-        if (m >= 2) return tile_columns<T, 2, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
-    }
-    tile_columns<T, 1, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
+    tile_columns<T, MR, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
 }
 
 // The first tile, or the first two, fetch the next block's weights: the four rows at `next`.
@@ -91,13 +88,16 @@ void block(const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int6
     const bool whole = len == k;
     Ahead ahead = {reinterpret_cast<const char*>(next), whole ? 64 : row_bytes, whole ? lines * 64 : 64};
     if (m <= kTileRows) return tile_rows<T, 4>(m, w, k, rows, x, xs, len, sums, ld, first, ahead);
-    for (int64_t i = 0; i < m; i += kTileRows) {
+    const int64_t tiles = ceil_div(m, kTileRows);
+    for (int64_t t = 0, i = 0; t < tiles; ++t) {
+        const int64_t height = ceil_div(m - i, tiles - t);
         const float* xi = x + i * xs;
-        if (i < 2 * kTileRows)
-            tile_rows<T, 2>(m - i, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
+        if (t < 2)
+            tile_rows<T, 2>(height, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
         else
-            tile_rows<T, 0>(m - i, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
+            tile_rows<T, 0>(height, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
         ahead.p += 2 * row_bytes;
+        i += height;
     }
 }
 

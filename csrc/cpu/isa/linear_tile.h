@@ -14,7 +14,9 @@ constexpr int64_t kStep = 2 * kLanes;  // elements of K per step: two vectors
 
 // Rows of x per tile. 3 x 4 outputs are 12 accumulators; with 3 vectors of x and one of weights they fill the 16 registers of AVX2 and hide
 // the latency of its two FMA pipes (2 x 4 cycles). A portable vector is two registers.
-#if ENGINE_ISA_LEVEL >= 1
+#if ENGINE_ISA_LEVEL == 2
+constexpr int kTileRows = 6;
+#elif ENGINE_ISA_LEVEL == 1
 constexpr int kTileRows = 3;
 #elif defined(__aarch64__)
 constexpr int kTileRows = 2;
@@ -135,9 +137,9 @@ ENGINE_INLINE void fma3(const BF16* w, VecF x0, VecF x1, VecF x2, VecF& a0, VecF
 template <int half, class T, int MR, int NR>
 ENGINE_INLINE void multiply_half(const T* w, int64_t w_stride, const float* x, int64_t x_stride, VecF (&acc)[MR][NR]) {
     VecF xv[MR];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) xv[i] = load(x + i * x_stride + half * kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int j = 0; j < NR; ++j) {
 #if ENGINE_ISA_LEVEL == 1
         if constexpr (MR == 3) {
@@ -146,7 +148,7 @@ ENGINE_INLINE void multiply_half(const T* w, int64_t w_stride, const float* x, i
         }
 #endif
         const VecF wv = half_step<half>(w + j * w_stride);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < MR; ++i) acc[i][j] = fma(wv, xv[i], acc[i][j]);
     }
 }
@@ -164,15 +166,15 @@ ENGINE_INLINE void tile(const T* w, int64_t w_stride, const float* x, int64_t x_
                         Ahead ahead) {
     static_assert(NR == 1 || NR == kTileColumns, "one or four columns");
     VecF acc[MR][NR];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int j = 0; j < NR; ++j) acc[i][j] = zero();
     int64_t k = 0;
     for (; k + kStep <= len; k += kStep) {
         if (kFetch > 0 && k * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
             for (int64_t bytes = 0; bytes < kStep * static_cast<int64_t>(sizeof(T)); bytes += 64) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < kFetch; ++j) __builtin_prefetch(ahead.p + j * ahead.stride);
                 ahead.p += ahead.advance;
             }
@@ -188,7 +190,7 @@ ENGINE_INLINE void tile(const T* w, int64_t w_stride, const float* x, int64_t x_
         multiply_half<0>(tail, kStep, x + k, x_stride, acc);
         multiply_half<1>(tail, kStep, x + k, x_stride, acc);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < MR; ++i) {
         Quad sum = sum4(acc[i][0], acc[i][1 % NR], acc[i][2 % NR], acc[i][3 % NR]);
         float* at = sums + i * ld;

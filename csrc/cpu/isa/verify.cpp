@@ -61,11 +61,11 @@ ENGINE_INLINE NoiseKey key_of(const VerifyBlockArgs& a, int64_t s) {
     return {static_cast<uint64_t>(a.seed[s]), static_cast<uint32_t>(a.position[s]), static_cast<uint32_t>(a.stream[s])};
 }
 
-// A chain ends before the first row that failed.
+// A chain ends with the first row that failed.
 ENGINE_INLINE void link(const VerifyBlockArgs& a, int64_t s, ChainRow* rows) {
-    bool goes_on = a.status[a.start[s]] == kOk;
+    bool goes_on = true;
     for (int64_t r = a.start[s]; r < a.start[s + 1]; ++r) {
-        goes_on = goes_on && r + 1 < a.start[s + 1] && a.status[r + 1] == kOk;
+        goes_on = goes_on && r + 1 < a.start[s + 1] && a.status[r] == kOk;
         rows[r].goes_on = goes_on;
     }
 }
@@ -134,16 +134,15 @@ void decide(const VerifyBlockArgs& a, int64_t s, const ChainRow* rows) {
     const int64_t first = a.start[s], end = a.start[s + 1];
     const NoiseKey key = key_of(a, s);
     int64_t tau = 0;
-    if (a.status[first] == kOk) {
-        while (rows[first + tau].goes_on) ++tau;
-        while (tau > 0 && !(coin(key, tau) <= rows[first + tau].h)) --tau;
-        a.tokens[s] = draw(residual_after(a, rows, first + tau), a.vocab, key);
-        if (a.tokens[s] < 0)
-            a.tokens[s] = draw({a.target + (first + tau) * a.vocab, nullptr, 1, rows[first + tau].target_sum, 1}, a.vocab, key);
-    } else {
-        a.tokens[s] = -1;
+    while (rows[first + tau].goes_on) ++tau;
+    while (tau > 0 && !(coin(key, tau) <= rows[first + tau].h)) --tau;
+    const int64_t last = first + tau;
+    a.tokens[s] = -1;
+    a.outcome[s] = a.status[last];
+    if (a.status[last] == kOk) {
+        a.tokens[s] = draw(residual_after(a, rows, last), a.vocab, key);
+        if (a.tokens[s] < 0) a.tokens[s] = draw({a.target + last * a.vocab, nullptr, 1, rows[last].target_sum, 1}, a.vocab, key);
     }
-    a.outcome[s] = a.status[first];
     a.num_accepted[s] = static_cast<int32_t>(tau);
     for (int64_t r = first; r < end; ++r) a.path[r] = r - first <= tau ? static_cast<int32_t>(r - first) : -1;
 }
