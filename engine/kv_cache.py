@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from .kernels.registry import Ops
+
 # The cache takes memory as it fills; by default it may come to this share of what is free.
 DEFAULT_SHARE = 0.25
 SUB_BLOCK = 16  # tokens whose keys lie side by side (kernels/api.py)
@@ -50,16 +52,11 @@ class KVCache:
         for tensor in (self._keys, self._values):
             tensor[:, destinations] = tensor[:, sources]
 
-    def move_tokens(self, sources: list[int], targets: list[int]) -> None:
+    def move_tokens(self, ops: Ops, sources: list[int], targets: list[int]) -> None:
         """Copy the keys and values of single tokens between slots (``block * block_size + offset``) in every layer, all read before any is
         written."""
-        block_size = self._values.shape[3]
-        (block, offset), (to_block, to_offset) = (
-            (slots // block_size, slots % block_size) for slots in (torch.tensor(sources), torch.tensor(targets))
-        )
-        sub_block, lane, to_sub_block, to_lane = offset // SUB_BLOCK, offset % SUB_BLOCK, to_offset // SUB_BLOCK, to_offset % SUB_BLOCK
-        self._keys[:, to_block, :, to_sub_block, :, to_lane] = self._keys[:, block, :, sub_block, :, lane]
-        self._values[:, to_block, :, to_offset] = self._values[:, block, :, offset]
+        source, target = torch.tensor([sources, targets], dtype=torch.int32)
+        ops.move_tokens(self._keys, self._values, source, target)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -203,6 +203,15 @@ def paged_attention(
     )  # fmt: skip
 
 
+def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy the keys and values of single tokens between slots, in all layers; all are read before any is written.
+
+    ``key_cache [num_layers, num_blocks, num_kv_heads, block_size // 16, head_dim, 16]`` and ``value_cache [num_layers, num_blocks,
+    num_kv_heads, block_size, head_dim]``, contiguous. ``source``, ``target``: slots, int32 ``[N]``; the targets distinct.
+    """
+    default_ops("key_cache", key_cache).move_tokens(key_cache, value_cache, source, target)
+
+
 def silu_mul(x: Tensor) -> Tensor:
     """``silu(x[:, :F]) * x[:, F:]`` for ``x [M, 2F]`` float32 contiguous; float32 ``[M, F]`` (SwiGLU, Shazeer 2020)."""
     return default_ops("x", x).silu_mul(x)

@@ -140,6 +140,23 @@ def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
     return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
 
 
+def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> CacheShape:
+    """The sizes of one layer."""
+    for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if t.dim() < 1:
+            raise ValueError(f"{name} must have a first dimension num_layers, got {tuple(t.shape)}")
+        _contiguous(name, t)
+    if len(key_cache) != len(value_cache) or len(key_cache) == 0:
+        raise ValueError(f"key_cache and value_cache must have the same number of layers, got {len(key_cache)} and {len(value_cache)}")
+    sizes = cache(key_cache[0], value_cache[0])
+    for name, t in (("source", source), ("target", target)):
+        _plain(name, t, _I32, 1, "[N]")
+    if source.shape != target.shape:
+        _shape("target", target, tuple(source.shape), "[N]")
+    _device(key_cache, (("value_cache", value_cache), ("source", source), ("target", target)))
+    return sizes
+
+
 def _usual_cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape | None:
     num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
     block_size = sub_blocks * SUB_BLOCK

@@ -207,6 +207,18 @@ def paged_attention(
     return out
 
 
+# ---- move_tokens ----
+
+
+def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    num_blocks, num_kv_heads, block_size, head_dim = checks.move_tokens(key_cache, value_cache, source, target)
+    _on_cpu("key_cache", key_cache)
+    _cpu.move_tokens(
+        key_cache.data_ptr(), value_cache.data_ptr(), key_cache.element_size(), source.data_ptr(), target.data_ptr(), len(source),
+        len(key_cache), num_blocks, num_kv_heads, block_size, head_dim,
+    )  # fmt: skip
+
+
 # ---- sample ----
 
 

@@ -192,6 +192,16 @@ def _paths(ancestors: list[int], sequence: int, first_row: int, context: int, tr
     return paths
 
 
+def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    sizes = checks.move_tokens(key_cache, value_cache, source, target)
+    for name, slots in (("source", source), ("target", target)):
+        _check_range(name, slots, 0, sizes.num_blocks * sizes.block_size)
+    (block, offset), (to_block, to_offset) = ((s.long() // sizes.block_size, s.long() % sizes.block_size) for s in (source, target))
+    (sub_block, lane), (to_sub_block, to_lane) = ((o // checks.SUB_BLOCK, o % checks.SUB_BLOCK) for o in (offset, to_offset))
+    key_cache[:, to_block, :, to_sub_block, :, to_lane] = key_cache[:, block, :, sub_block, :, lane]
+    value_cache[:, to_block, :, to_offset] = value_cache[:, block, :, offset]
+
+
 def silu_mul(x: Tensor) -> Tensor:
     checks.silu_mul(x)
     gate, up = x.chunk(2, dim=-1)

@@ -29,6 +29,7 @@ class Ops:
     rms_norm: Callable[..., Any]
     rope_append: Callable[..., Any]
     paged_attention: Callable[..., Any]
+    move_tokens: Callable[..., Any]
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
     beam_select: Callable[..., Any]

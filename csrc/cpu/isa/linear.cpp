@@ -6,7 +6,7 @@
 // nearly free; above, the FMA units are the limit. K = 2048, N = 8184: bf16 1.08 ms (bytes) and 0.17 ms per row (flops), fp32 2.16 ms.
 //
 // Both limits are served by one walk. Weight rows are taken four at a time, in chunks of K short enough that four chunks (16 KB) stay in
-// the first-level cache while all rows of x pass over them, three at a time; the first tiles of a block fetch the next block's weights.
+// the first-level cache while all rows of x pass over them, a few at a time; meanwhile the tiles fetch the next block's weights.
 // Dot products run along K (vectors of K, not of N) because the weights are not transposed; the sum over lanes is paid once per chunk. x is
 // packed once per call: chunk by chunk (so that tiles see no power-of-two strides), even and odd elements apart for bf16 weights.
 //
@@ -20,12 +20,13 @@ namespace ENGINE_ISA {
 namespace {
 
 constexpr int64_t kMaxChunk = 1024;  // elements of K
-constexpr int64_t kMaxRows = 72;     // rows of x that share a sweep: 72 chunks (288 KB) stay in the second-level cache
-constexpr int64_t kMaxSweep = 64;    // weight rows per sweep: with each chunk of x, all of them in blocks of four
+// Rows of x that share a sweep, in whole tiles: 72 chunks (288 KB) stay in the second-level cache.
+constexpr int64_t kMaxRows = 72 / kTileRows * kTileRows;
+constexpr int64_t kMaxSweep = 64;  // weight rows per sweep: with each chunk of x, all of them in blocks of four
 constexpr int64_t kMinSweep = 8;
-constexpr int64_t kPassRows = 288;        // rows of x packed at once, which bounds the scratch of a long prompt
-constexpr int64_t kSmallInput = 1 << 15;  // elements of x: 128 KB
-constexpr int64_t kSmallWork = 1 << 15;   // products; below this (a few microseconds) waking helpers does not pay
+constexpr int64_t kPassRows = 4 * kMaxRows;  // rows of x packed at once, which bounds the scratch of a long prompt
+constexpr int64_t kSmallInput = 1 << 15;     // elements of x: 128 KB
+constexpr int64_t kSmallWork = 1 << 15;      // products; below this (a few microseconds) waking helpers does not pay
 
 struct Plan {
     const LinearArgs* args;
@@ -79,24 +80,29 @@ ENGINE_INLINE void tile_rows(int64_t m, const T* w, int64_t k, int64_t rows, con
     tile_columns<T, MR, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
 }
 
-// The first tile, or the first two, fetch the next block's weights: the four rows at `next`.
+// The tiles share in fetching the next block's weights, the four rows at `next`, so that memory is never idle while they compute.
 template <class T>
 void block(const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t m, int64_t len, float* sums, int64_t ld, bool first,
            const T* next) {
-    const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T)), lines = m <= kTileRows ? 4 : 2;
+    const int64_t row_bytes = k * static_cast<int64_t>(sizeof(T)), tiles = ceil_div(m, kTileRows);
     // Where the chunk is the whole row, the rows lie end to end: fetch them in the order of their addresses, which memory likes best.
     const bool whole = len == k;
-    Ahead ahead = {reinterpret_cast<const char*>(next), whole ? 64 : row_bytes, whole ? lines * 64 : 64};
-    if (m <= kTileRows) return tile_rows<T, 4>(m, w, k, rows, x, xs, len, sums, ld, first, ahead);
-    const int64_t tiles = ceil_div(m, kTileRows);
-    for (int64_t t = 0, i = 0; t < tiles; ++t) {
-        const int64_t height = ceil_div(m - i, tiles - t);
+    const char* p = reinterpret_cast<const char*>(next);
+    for (int64_t t = 0, i = 0, fetched = 0; t < tiles; ++t) {
+        const int64_t height = ceil_div(m - i, tiles - t), lines = ceil_div(4 - fetched, tiles - t);
+        const Ahead ahead = {p, whole ? 64 : row_bytes, whole ? lines * 64 : 64};
         const float* xi = x + i * xs;
-        if (t < 2)
-            tile_rows<T, 2>(height, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
+        float* to = sums + i * ld;
+        if (lines == 4)
+            tile_rows<T, 4>(height, w, k, rows, xi, xs, len, to, ld, first, ahead);
+        else if (lines == 2)
+            tile_rows<T, 2>(height, w, k, rows, xi, xs, len, to, ld, first, ahead);
+        else if (lines == 1)
+            tile_rows<T, 1>(height, w, k, rows, xi, xs, len, to, ld, first, ahead);
         else
-            tile_rows<T, 0>(height, w, k, rows, xi, xs, len, sums + i * ld, ld, first, ahead);
-        ahead.p += 2 * row_bytes;
+            tile_rows<T, 0>(height, w, k, rows, xi, xs, len, to, ld, first, ahead);
+        p += lines * row_bytes;
+        fetched += lines;
         i += height;
     }
 }

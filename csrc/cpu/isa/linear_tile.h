@@ -12,10 +12,11 @@ namespace {
 
 constexpr int64_t kStep = 2 * kLanes;  // elements of K per step: two vectors
 
-// Rows of x per tile. 3 x 4 outputs are 12 accumulators; with 3 vectors of x and one of weights they fill the 16 registers of AVX2 and hide
-// the latency of its two FMA pipes (2 x 4 cycles). A portable vector is two registers.
+// Rows of x per tile, at most: rows are shared out evenly. 3 x 4 outputs are 12 accumulators; with 3 vectors of x and one of weights they
+// fill the 16 registers of AVX2 and hide the latency of its two FMA pipes (2 x 4 cycles). AVX-512 has 32, of which 5 x 4 accumulators take
+// 26 (6 x 4 were slower). A portable vector is two registers.
 #if ENGINE_ISA_LEVEL == 2
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 5;
 #elif ENGINE_ISA_LEVEL == 1
 constexpr int kTileRows = 3;
 #elif defined(__aarch64__)
