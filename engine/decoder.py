@@ -350,7 +350,9 @@ class Decoder:
             # The root is the token before `end`; node n of the draft was written n slots after it.
             moved = [(end - 1 + node, end - 1 + depth) for depth, node in enumerate(verdict.path) if node != depth]
             if moved:
-                self.cache.move_tokens(self.ops, *([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True)))
+                self.cache.move_tokens(
+                    self.ops, *([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
+                )
             self.scheduler.accept(request, verdict.num_accepted)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:

@@ -189,16 +189,16 @@ def _blocks(ops: Ops, drafted: Sequence[_Drafted], logits: Tensor, drawn: Sequen
         torch.tensor([one.request.stream for one in drafted], dtype=torch.int32),
     )
     assert result.tokens is not None and result.status is not None
-    raw = own.double().log_softmax(dim=1)
-    total = target.sum(dim=1)
     columns = (start.tolist(), result.num_accepted.tolist(), result.tokens.tolist())
     for one, first, accepted, last in zip(drafted, *(column[: len(drafted)] for column in columns), strict=True):
         tokens = [*one.draft.tokens[:accepted], last]
         kept: list[Drawn] = []
         for node, token in enumerate(tokens):
-            given = drawn[one.first + node]  # of the same row: what is most likely there, and why nothing can be drawn
+            # What `sample` drew from the same row, or why it could not: its log-probabilities tell those of any other token.
+            given, row = drawn[one.first + node], first + node
             if token >= 0 and given.error is None:
-                processed = math.log(int(target[first + node, token]) / int(total[first + node]))
-                given = given._replace(token=token, logprob=float(raw[first + node, token]), processed_logprob=processed)
+                raw = given.logprob + float(own[row, token]) - float(own[row, given.token])
+                processed = given.processed_logprob + math.log(int(target[row, token]) / max(int(target[row, given.token]), 1))
+                given = given._replace(token=token, logprob=raw, processed_logprob=processed)
             kept.append(given)
         yield Verdict(one.request, one.draft, kept, list(range(accepted + 1)))

@@ -47,7 +47,10 @@ def alternatives(ops: Ops, logits: Tensor, sequences: Sequence[Lookahead], width
             **noise,
             **lists(own, logits.shape[1]),
         )
-        chances = result.logprobs.exp() if greedy else result.scores.softmax(dim=1)
+        # By hand: torch's softmax wakes OpenMP's threads whatever its size, and they then spin on the cores that the kernels want.
+        chances = (result.logprobs if greedy else result.scores - result.scores[:, :1]).exp()
+        if not greedy:
+            chances /= chances.sum(dim=1, keepdim=True)
         for r, tokens, chance, status in zip(rows, result.tokens.tolist(), chances.tolist(), result.status.tolist(), strict=True):
             if status == STATUS_OK:
                 found[r] = [(token, min(p, 1.0)) for token, p in zip(tokens, chance, strict=True) if token >= 0]
