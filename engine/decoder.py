@@ -346,13 +346,12 @@ class Decoder:
             if request.finished:
                 return
         if verdict.draft:
-            table, size = request.block_table, self.pool.block_size
             # The root is the token before `end`; node n of the draft was written n slots after it.
             moved = [(end - 1 + node, end - 1 + depth) for depth, node in enumerate(verdict.path) if node != depth]
             if moved:
-                self.cache.move_tokens(
-                    self.ops, *([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
-                )
+                table, size = request.block_table, self.pool.block_size
+                sources, targets = ([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
+                self.cache.move_tokens(self.ops, sources, targets)
             self.scheduler.accept(request, verdict.num_accepted)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:

@@ -143,8 +143,8 @@ class Record:
     at: int = 0
 
     def limit(self, depth: Depth | None, most: int) -> int:
-        """How many of ``most`` tokens to ask for: as many as pay (a lookup's cost nothing: ``depth`` None), or 0; a few for a probe when one
-        is due."""
+        """How many of ``most`` tokens to ask for: as many as pay (a lookup's cost nothing: ``depth`` None), or 0; a few for a probe when
+        one is due."""
         if self.unverified is not None:
             return 0
         if self.asleep:

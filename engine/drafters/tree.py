@@ -14,8 +14,8 @@ from ..kernels import STATUS_OK, Ops
 from ..request import Lookahead
 from .draft import MAX_DRAFT, Draft
 
-# A small model is less sure than the larger one that it drafts for: temperature of the chances that it gives to the alternatives of a greedy
-# request. Found best on the bundled pair, where 0.5 to 0.7 are alike.
+# A small model is less sure than the larger one that it drafts for: temperature of the chances that it gives to the alternatives of a
+# greedy request. Found best on the bundled pair, where 0.5 to 0.7 are alike.
 _SHARPER = 0.6
 
 
