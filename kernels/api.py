@@ -372,7 +372,7 @@ def verify_block(
     log(E))`` with the noise of ``position`` in ``noise.DOMAIN_RESIDUAL``. Both belong to ``position``, where the chain begins, and not to
     where its tokens stand: a later chain over the same places must not meet the same coins. For the same reason the drafts must come from
     noise that no other chain of the request was drawn with. Then the tokens kept and the one after them have the law of the target; they
-    are not those that ``sample`` draws. A chain ends with the first row whose status is not STATUS_OK: n is its place, and where tau is n, its status
-    is the sequence's and no token is drawn. A draft without mass in its proposal is not kept.
+    are not those that ``sample`` draws. A chain ends with the first row whose status is not STATUS_OK: n is its place, and where tau is n,
+    its status is the sequence's and no token is drawn. A draft without mass in its proposal is not kept.
     """
     return default_ops("target", target).verify_block(target, status, proposal, draft, start, seed, position, stream)

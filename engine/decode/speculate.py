@@ -43,10 +43,12 @@ def certain_end(before: Request | Lookahead, token: int) -> Lookahead:
 def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft:
     """What of a draft can be verified: at most ``limit`` tokens of the vocabulary, in a draft's order, that the request can go on after.
 
-    A stochastic draft for block verification is taken as it is: to leave out what its tokens tell would favour others. Without
-    ``sequences`` it counts as a certain one.
+    A stochastic draft for block verification is taken as it is: to leave out what its tokens tell would favour others. One that is not what
+    it should be counts as certain.
     """
-    if draft.proposal and draft.sequences:
+    lengths = {len(column) for column in (draft.tokens, draft.parents, draft.confidence, draft.sequences, draft.proposal)}
+    whole = lengths == {len(draft)} and len(draft) <= limit and all(0 <= token < vocab_size for token in draft.tokens)
+    if draft.proposal and whole and draft.is_chain:
         return draft
     sequences: dict[int, Lookahead] = {}
     depths = {0: 0}
@@ -61,8 +63,8 @@ def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft
             sequences[node], depths[node], deepest = after, depth, depth
     # A drafter need not have any, and its own code may make anything of it.
     confidence = tuple(c if 0 <= c <= 1 else 0.5 for c in (*draft.confidence, *[0.5] * size)[:size])
-    whole = Draft(tuple(draft.tokens[:size]), tuple(draft.parents[:size]), confidence)
-    return replace(whole.keep(list(sequences)), sequences=tuple(sequences.values()))
+    all_of_it = Draft(tuple(draft.tokens[:size]), tuple(draft.parents[:size]), confidence)
+    return replace(all_of_it.keep(list(sequences)), sequences=tuple(sequences.values()))
 
 
 def masses(ops: Ops, logits: Tensor, rows: Sequence[Request | Lookahead]) -> tuple[Tensor, Tensor]:

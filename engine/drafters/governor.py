@@ -136,6 +136,8 @@ class Record:
     """What is known of one drafter's luck with one request."""
 
     rates: Rates
+    patience: int = 1  # so many drafts in a row that were not worth verifying are let pass
+    misses: int = 0
     asleep: int = 0  # steps until it is asked again
     sleep: int = _FIRST_SLEEP  # how many those are next time
     cost: float = 0.0  # seconds that it last took to ask
@@ -165,10 +167,16 @@ class Record:
         due = self.cost / (_PROBE_SHARE * plain)
         self.asleep = min(max(least, int(due)), _LONGEST_SLEEP)
 
-    def leave(self, draft: Draft, at: int, plain: float) -> None:
-        """A draft that is not worth verifying: what comes after ``at`` tokens will show how good it was."""
+    def leave(self, draft: Draft, at: int) -> None:
+        """A draft is not verified: what comes after ``at`` tokens will show how good it was."""
         self.unverified, self.at = draft, at
-        self.rest(plain)
+
+    def missed(self, plain: float) -> None:
+        """Asking brought nothing worth verifying, where a plain step takes so many seconds."""
+        self.misses += 1
+        if self.misses >= self.patience:
+            self.misses = 0
+            self.rest(plain)
 
     def compare(self, tokens: Sequence[int]) -> None:
         """Learn from what an unverified draft guessed, as far as it has come."""
@@ -195,6 +203,7 @@ class Record:
 
     def learn(self, draft: Draft, tokens: Sequence[int]) -> None:
         """A draft has been verified: ``tokens`` came."""
+        self.misses = 0
         node = 0
         for token in tokens:
             node = self._learn(draft, node, token)
@@ -269,7 +278,7 @@ def prune(step: Costs, drafting: float, base: int, chances: Sequence[Sequence[fl
         Nodes of each draft, in order; with each its parent.
     """
     nodes = sorted((-chance, node, i) for i, draft in enumerate(chances) for node, chance in enumerate(draft, 1))
-    best, count, gain = base / step(base), 0, float(base)
+    best, count, gain = base / (step(base) + drafting), 0, float(base)  # the drafts are made, whatever becomes of them
     for k, (chance, _, _) in enumerate(nodes, 1):
         gain -= chance
         goodput = gain / (step(base + k) + drafting)

@@ -22,6 +22,7 @@ from .governor import Costs, Depth, Rates, Record, prune
 from .model import DraftModel
 
 BUNDLED = Path(__file__).parent.parent / "bundled" / "draft"
+_FIRST = 4  # tokens that a model drafts at first, to see what it costs
 
 
 def make_drafters(draft: Any) -> list[Drafter]:
@@ -78,13 +79,12 @@ class Speculator:
         if not wanting:
             return
         batch = sum(len(request.sequences) for request in running)
-        start = time.perf_counter()
         for place, drafter in enumerate(self.drafters):
             self._ask(place, drafter, wanting, batch)
             wanting = [(request, most) for request, most in wanting if request.draft is None]
             if not wanting:
                 break
-        self._prune(batch, time.perf_counter() - start)
+        self._prune(batch)
 
     def _ask(self, place: int, drafter: Drafter, wanting: Sequence[tuple[Request, int]], batch: int) -> None:
         """Have one drafter draft for those whom that promises to serve."""
@@ -100,7 +100,7 @@ class Speculator:
             if request.params.num_assistant_tokens is None:
                 record.compare(request.tokens)
                 unknown = costs is not None and not costs
-                limit = min(most, 2 if unknown else record.limit(depth, most) * nodes)
+                limit = min(most, _FIRST if unknown else record.limit(depth, most) * nodes)
             if limit:
                 requests.append(request)
                 limits.append(limit)
@@ -118,13 +118,16 @@ class Speculator:
             )
         seconds = (time.perf_counter() - start) / len(requests)
         plain = self.step_costs(batch) / batch
+        level = costs(len(requests)) / len(requests) if costs else 0.0
         for request, limit, record, draft in zip(requests, limits, records, drafts, strict=True):
-            record.cost = seconds
+            # A model may have had to compute the prompt first; that is not what it costs to ask it again.
+            record.cost = seconds if costs is None else max(len(draft), 1) * level
             draft = usable(request, draft, limit, self._vocab_size)
             if not draft:
-                record.rest(plain)
+                record.missed(plain)
             elif request.params.num_assistant_tokens is None and record.chances(draft)[0] < self._promised(request, place + 1):
-                record.leave(draft, request.num_tokens, plain)
+                record.leave(draft, request.num_tokens)
+                record.missed(plain)
             else:
                 request.draft = draft
                 self._asked[request] = record
@@ -133,9 +136,8 @@ class Speculator:
         """The chance of a token from the drafters that would be asked from this place on."""
         return max((record.rates.mean for record in self._record(request)[place:] if not record.asleep), default=0.0)
 
-    def _prune(self, batch: int, seconds: float) -> None:
-        """Verify of the drafts, which took so long, what is likely enough to hold. Not of those for block verification: that would favour
-        tokens."""
+    def _prune(self, batch: int) -> None:
+        """Verify of the drafts what is likely enough to hold. Not of those for block verification: that would favour tokens."""
         governed = []
         rows = batch
         for request, record in self._asked.items():
@@ -147,11 +149,13 @@ class Speculator:
                 rows += len(draft)
         if not governed:
             return
-        kept = prune(self.step_costs, seconds, rows, [record.chances(draft) for _, record, draft in governed])
+        drafting = sum(record.cost for record in self._asked.values())
+        kept = prune(self.step_costs, drafting, rows, [record.chances(draft) for _, record, draft in governed])
         for (request, record, draft), nodes in zip(governed, kept, strict=True):
             request.draft = draft.keep(nodes) or None
             if request.draft is None:
-                record.leave(draft, request.num_tokens, self.step_costs(batch) / batch)
+                record.leave(draft, request.num_tokens)
+                record.missed(self.step_costs(batch) / batch)
 
     def learn(self, verdict: Verdict) -> None:
         """Take in what became of a draft."""
@@ -169,7 +173,10 @@ class Speculator:
 
     def _record(self, request: Request) -> list[Record]:
         if request not in self._records:
-            self._records[request] = [Record(Rates(rates)) for rates in self._rates]
+            self._records[request] = [
+                Record(Rates(rates), patience=2 if isinstance(drafter, DraftModel) else 1)
+                for rates, drafter in zip(self._rates, self.drafters, strict=True)
+            ]
         return self._records[request]
 
 

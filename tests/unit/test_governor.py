@@ -176,8 +176,6 @@ def test_pruning_leaves_the_best_of_all_trees(seed: int):
 
         def value(choice, step=step, drafting=drafting, base=base, drafts=drafts) -> float:
             rows = sum(map(len, choice))
-            if not rows:
-                return base / step(base)  # what drafting took is not held against a plain step
             gain = sum(chances[node - 1] for (_, chances), nodes in zip(drafts, choice, strict=True) for node in nodes)
             return (base + gain) / (step(base + rows) + drafting)
 
