@@ -146,7 +146,7 @@ def drafters(draft: Any) -> dict[str, Callable[[], Any]]:
 
 def workloads(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
     """Everything beside everything."""
-    count, new = (1, 24) if quick else (8, 128)
+    count, new = (1, 24) if quick else (4, 128)
     code, copies = texts.prompts(count + 1), texts.pieces(COPIED, count + 1)
     float32, bfloat16 = torch.float32, torch.bfloat16
     cases: list[tuple[str, str, torch.dtype, float, list[list[int]], int]] = [
@@ -220,7 +220,7 @@ class Random:
 
 def cost(models: Models, quick: bool) -> dict[str, Any]:
     """The time of a step, sampling and verification included, by its rows: one certain token, and drafts that are all refused."""
-    rounds, new, sizes = (1, 8, (1, 2, 8, 9)) if quick else (6, 24, ROWS)
+    rounds, new, sizes = (1, 8, (1, 2, 8, 9)) if quick else (5, 24, ROWS)
     results: dict[str, Any] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = models.as_dtype("wide", dtype)
@@ -243,7 +243,7 @@ def cost(models: Models, quick: bool) -> dict[str, Any]:
 
 def lengths(models: Models, texts: Texts, quick: bool) -> list[dict[str, Any]]:
     """Drafts of fixed lengths, and governed ones."""
-    count, new = (1, 24) if quick else (4, 96)
+    count, new = (1, 24) if quick else (3, 96)
     results = []
     code, copies = texts.prompts(count + 1), texts.pieces(COPIED, count + 1)
     for workload, target, prompts, temperatures in (

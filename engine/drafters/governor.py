@@ -20,7 +20,8 @@ _BINS = 10
 _FIRST_SLEEP, _LONGEST_SLEEP = 4, 1024  # steps between probes
 _PROBE_SHARE = 0.01  # of the time
 _PROBE_TOKENS = 3
-_LONGEST_LOOKUP = 32  # tokens
+_LONGEST = 32  # tokens of a draft
+_UNPROVEN = 4  # of one by a drafter of whom nothing is known
 _LEAST_GAIN = 1.02  # drafting must promise so much more goodput than none
 
 
@@ -115,6 +116,11 @@ class Rates:
         prior = 0.7 if self._prior is None else self._prior.mean
         return (self._mean_held + self._WEIGHT * prior) / (self._mean_tried + self._WEIGHT)
 
+    @property
+    def proven(self) -> int:
+        """How many tokens in depth have held lately, with all requests."""
+        return int(self._mean_held if self._prior is None else self._prior._mean_held)
+
     def note(self, confidence: float, held: bool) -> None:
         """What became of one drafted token whose parent held."""
         i = min(int(confidence * _BINS), _BINS - 1)
@@ -149,12 +155,14 @@ class Record:
         one is due."""
         if self.unverified is not None:
             return 0
+        # Whatever a drafter says of itself, it is not trusted with long drafts before shorter ones held.
+        longest = min(most, _LONGEST, _UNPROVEN + 2 * self.rates.proven)
         if self.asleep:
             self.asleep -= 1
-            return 0 if self.asleep else min(most, _PROBE_TOKENS if depth is not None else _LONGEST_LOOKUP)
+            return 0 if self.asleep else min(longest, _PROBE_TOKENS) if depth is not None else longest
         if depth is None:
-            return min(most, _LONGEST_LOOKUP)
-        best = depth.best(self.rates.mean, most)
+            return longest
+        best = depth.best(self.rates.mean, longest)
         if best:
             self.sleep = _FIRST_SLEEP
             return best
