@@ -123,9 +123,10 @@ class Speculator:
             # A model may have had to compute the prompt first; that is not what it costs to ask it again.
             record.cost = seconds if costs is None else max(len(draft), 1) * level
             draft = usable(request, draft, limit, self._vocab_size)
+            governed = request.params.num_assistant_tokens is None and not draft.proposal  # see _prune
             if not draft:
                 record.missed(plain)
-            elif request.params.num_assistant_tokens is None and record.chances(draft)[0] < self._promised(request, place + 1):
+            elif governed and record.chances(draft)[0] < self._promised(request, place + 1):
                 record.leave(draft, request.num_tokens)
                 record.missed(plain)
             else:

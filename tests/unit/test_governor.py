@@ -228,9 +228,41 @@ def test_a_dear_probe_is_a_rare_one():
 
 def test_what_costs_nothing_is_always_asked():
     record = Record(Rates())
-    assert [record.limit(None, most) for most in (1, 5, 63)] == [1, 5, governor._LONGEST_LOOKUP]
-    record.unverified = Draft.chain([5], [0.5])
+    assert [record.limit(None, most) for most in (1, 3, 3)] == [1, 3, 3]
+    record.leave(Draft.chain([5], [0.5]), 7)
     assert record.limit(None, 5) == record.limit(never_pays(), 5) == 0  # not before it is known what became of the last
+
+
+def test_long_drafts_are_for_those_whose_shorter_ones_held():
+    record = Record(Rates(overall := Rates()))
+    limits = []
+    for _ in range(20):
+        limits.append(record.limit(None, 63))
+        tokens = list(range(limits[-1]))
+        record.learn(Draft.chain(tokens, [1.0] * len(tokens)), tokens)
+    assert limits[0] == governor._UNPROVEN and limits == sorted(limits) and limits[1] < limits[2] and limits[-1] == governor._LONGEST
+    assert Record(Rates(overall)).limit(None, 63) == governor._LONGEST  # for another request of the same drafter
+    for _ in range(200):
+        record.learn(Draft.chain([1], [1.0]), [2])
+    assert Record(Rates(overall)).limit(None, 63) <= governor._UNPROVEN + 2
+
+
+@pytest.mark.parametrize("patience", [1, 2])
+def test_misses_in_a_row_are_rested_from(patience: int):
+    record = Record(Rates(), patience=patience, cost=0.05)
+    for _ in range(patience - 1):
+        record.missed(1.0)
+        assert record.limit(None, 3) == 3
+    record.missed(1.0)
+    rested = 0
+    while not record.limit(None, 3):
+        rested += 1
+    assert rested == 0.05 / governor._PROBE_SHARE - 1  # the step in which it is asked again is one of them
+    for _ in range(3 * patience):  # one that is verified makes up for it
+        record.learn(Draft.chain([1], [1.0]), [2])
+        for _ in range(patience - 1):
+            record.missed(1.0)
+    assert record.limit(None, 3) == 3
 
 
 TREE = Draft((5, 6, 7, 8, 9), (0, 0, 1, 1, 3), (0.9, 0.3, 0.7, 0.5, 0.1))
