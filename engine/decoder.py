@@ -292,13 +292,13 @@ class Decoder:
             self._stepping = False
 
     def _step(self) -> None:
+        start = time.perf_counter()
         if self.speculator is not None:
             self.speculator.propose(self.scheduler.running)
         plan = self.scheduler.plan()
         if not plan.sequences:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
             return
-        start = time.perf_counter()
         try:
             self._execute(plan)
         except BaseException:
@@ -308,7 +308,7 @@ class Decoder:
             raise
         if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
             rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
-            self.speculator.step_costs.note(rows, time.perf_counter() - start)
+            self.speculator.note_step(rows, time.perf_counter() - start)
 
     def _execute(self, plan: StepPlan) -> None:
         logits = self.runner.run(plan)

@@ -90,7 +90,7 @@ class DraftModel:
         loaded = load(model, ops=self.ops, dtype=dtype)
         self.model, self.config, self.name = loaded.model, loaded.config, loaded.name
         self._tokenizer = None if loaded.tokenizer_path is None else Tokenizer(loaded.tokenizer_path)
-        self.costs = Costs()  # of its steps, by their rows
+        self.costs = Costs()  # of one depth, by the requests that are drafted for
         self._copies: dict[Request, _Copy] = {}
         self._pool: BlockPool | None = None
 
@@ -151,6 +151,8 @@ class DraftModel:
             if line.last.params.verification == "block":
                 line.last.seed = draft_seed(line.last.seed, line.last.num_tokens)
         while active := [line for line in active if self._fits(line.copy, len(line.copy.tokens))]:
+            begun = time.perf_counter()
+            rows, usual = len(active), max(line.copy.num_missing for line in active) <= _USUAL
             logits = self._compute(active)
             block = [line.last.params.verification == "block" for line in active]
             proposal = masses(self.ops, logits, [line.last for line in active])[0] if any(block) else None
@@ -174,6 +176,8 @@ class DraftModel:
                     line.copy.tokens.append(drawn.token)
                     going_on.append(line)
             active = going_on
+            if usual:
+                self.costs.note(rows, time.perf_counter() - begun)
         for line in lines:
             chain = tuple(range(len(line.tokens)))
             drafts[line.index] = Draft(tuple(line.tokens), chain, tuple(line.confidence), tuple(line.sequences), tuple(line.proposal))
@@ -181,6 +185,9 @@ class DraftModel:
     def _draft_trees(self, lines: list[_Line], drafts: list[Draft], worth: Worth | None) -> None:
         active = [(line, Tree(line.last, line.limit)) for line in lines if self._fits(line.copy, len(line.copy.tokens))]
         trees = active
+        begun = time.perf_counter()
+        rows = len(active)
+        usual = rows > 0 and max(line.copy.num_missing for line, _ in active) <= _USUAL
         logits = self._compute([line for line, _ in active]) if active else None
         while active and logits is not None:
             asked = [(tree, node) for _, tree in active for node in tree.frontier]
@@ -194,6 +201,10 @@ class DraftModel:
                 and (worth is None or worth(line.index, tree.likeliest()))
                 and self._fits(line.copy, len(line.copy.tokens) + len(tree.computed))
             ]
+            now = time.perf_counter()
+            if usual:
+                self.costs.note(rows, now - begun)
+            begun, rows, usual = now, len(active), True
             logits = self._compute_nodes(active) if active else None
         for line, tree in trees:
             drafts[line.index] = tree.draft()
@@ -221,8 +232,6 @@ class DraftModel:
 
     def _compute(self, lines: Sequence[_Line]) -> torch.Tensor:
         """Everything that is missing of some lines, in as many steps as that takes; the logits of the last token of each."""
-        begun = time.perf_counter()
-        usual = max(line.copy.num_missing for line in lines) <= _USUAL
         parts = []
         start = 0
         while start < len(lines):
@@ -232,14 +241,11 @@ class DraftModel:
                 end += 1
             parts.append(self._run([(line.copy, line.copy.num_missing, True) for line in lines[start:end]]))
             start = end
-        if usual:
-            self.costs.note(len(lines), time.perf_counter() - begun)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _compute_nodes(self, active: Sequence[tuple[_Line, Tree]]) -> torch.Tensor:
         """The frontiers of some trees, whose nodes follow the true tokens in the cache in the order in which they are computed; the logits
         of each."""
-        begun = time.perf_counter()
         size = self.pool.block_size
         tokens: list[int] = []
         positions: list[int] = []
@@ -269,9 +275,7 @@ class DraftModel:
             tree_start=torch.tensor(tree_start, dtype=i32),
             ancestors=torch.tensor(ancestors),
         )
-        logits = self.model.logits(self.model.forward(batch, self._runner.cache))
-        self.costs.note(len(active), time.perf_counter() - begun)
-        return logits
+        return self.model.logits(self.model.forward(batch, self._runner.cache))
 
     def _run(self, shares: Sequence[tuple[_Copy, int, bool]]) -> Any:
         plan = StepPlan([ScheduledSequence(copy.request, copy, copy.num_computed, n, (copy,) if last else ()) for copy, n, last in shares])

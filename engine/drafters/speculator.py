@@ -61,7 +61,8 @@ class Speculator:
         self, drafters: Sequence[Drafter], config: ModelConfig, tokenizer: Tokenizer | None, *, max_batch_size: int, block_size: int
     ) -> None:
         self.drafters = list(drafters)
-        self.step_costs = Costs()  # of the model's steps
+        self.step_costs = Costs()  # of the model's steps, and of what drafts take beside drafting
+        self._drafting = 0.0  # seconds of the present step
         self._vocab_size = config.vocab_size
         self._rates = [Rates() for _ in self.drafters]
         self._records: dict[Request, list[Record]] = {}
@@ -73,6 +74,7 @@ class Speculator:
     def propose(self, running: Sequence[Request]) -> None:
         """Give requests that only lack their last token a draft for the next step."""
         self._asked.clear()
+        self._drafting = 0.0
         for request in running:
             request.draft = None
         wanting = [(request, most) for request in running if (most := _most(request))]
@@ -116,12 +118,13 @@ class Speculator:
             raise ValueError(
                 f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(requests)} requests; it must return one for each"
             )
-        seconds = (time.perf_counter() - start) / len(requests)
+        seconds = time.perf_counter() - start
+        self._drafting += seconds
         plain = self.step_costs(batch) / batch
         level = costs(len(requests)) / len(requests) if costs else 0.0
         for request, limit, record, draft in zip(requests, limits, records, drafts, strict=True):
             # A model may have had to compute the prompt first; that is not what it costs to ask it again.
-            record.cost = seconds if costs is None else max(len(draft), 1) * level
+            record.cost = seconds / len(requests) if costs is None else max(len(draft), 1) * level
             draft = usable(request, draft, limit, self._vocab_size)
             governed = request.params.num_assistant_tokens is None and not draft.proposal  # see _prune
             if not draft:
@@ -157,6 +160,10 @@ class Speculator:
             if request.draft is None:
                 record.leave(draft, request.num_tokens)
                 record.missed(self.step_costs(batch) / batch)
+
+    def note_step(self, rows: int, seconds: float) -> None:
+        """A step of decoding of so many rows has taken so long, with drafting."""
+        self.step_costs.note(rows, seconds - self._drafting)
 
     def learn(self, verdict: Verdict) -> None:
         """Take in what became of a draft."""
