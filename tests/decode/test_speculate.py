@@ -118,8 +118,8 @@ class Known:
 
 @pytest.mark.parametrize("kind", ["same", "near", "tree", "wide tree", "tree of the same", "list"])
 def test_as_much_as_pays(llama: Target, kind: str):
-    """Drafts of all lengths when rows and drafting cost little, and none when every row costs a step."""
-    for step, row, accepted in ((1.0, 1e-4, 600), (1.0, 0.03, 100), (0.0, 1.0, 0)):
+    """Drafts of all lengths when rows and drafting cost little, and none when every further row costs two steps."""
+    for step, row, accepted in ((1.0, 1e-4, 600), (1.0, 0.03, 100), (-0.5, 1.0, 0)):
         decoder = llama.speculative(llama.drafter(kind), max_batch_size=16)
         assert decoder.speculator is not None
         decoder.speculator.step_costs = Known(step, row)
