@@ -308,7 +308,7 @@ class Decoder:
             raise
         if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
             rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
-            self.speculator.note_step(rows, time.perf_counter() - start)
+            self.speculator.note_step(len(plan.sequences), rows, time.perf_counter() - start)
 
     def _execute(self, plan: StepPlan) -> None:
         logits = self.runner.run(plan)

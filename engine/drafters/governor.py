@@ -96,11 +96,11 @@ class Rates:
         prior: rates to begin from, which count as much as a few observations; None: the confidence itself.
     """
 
-    _WEIGHT = 6.0
-    _KEPT = 0.97  # of the counts, at each observation in a bin
-
     def __init__(self, prior: Rates | None = None) -> None:
         self._prior = prior
+        # How many observations the prior counts as, and what is kept of counts at each further one: of what a drafter says of itself
+        # next to nothing stays, of what it is like with others some always.
+        self._weight, self._kept = (2.0, 0.99) if prior is None else (6.0, 0.97)
         self._held = [0.0] * _BINS
         self._tried = [0.0] * _BINS
         self._mean_held = self._mean_tried = 0.0
@@ -108,13 +108,13 @@ class Rates:
     def of(self, confidence: float) -> float:
         i = min(int(confidence * _BINS), _BINS - 1)
         prior = confidence if self._prior is None else self._prior.of(confidence)
-        return (self._held[i] + self._WEIGHT * prior) / (self._tried[i] + self._WEIGHT)
+        return (self._held[i] + self._weight * prior) / (self._tried[i] + self._weight)
 
     @property
     def mean(self) -> float:
         """Of all confidences."""
         prior = 0.7 if self._prior is None else self._prior.mean
-        return (self._mean_held + self._WEIGHT * prior) / (self._mean_tried + self._WEIGHT)
+        return (self._mean_held + self._weight * prior) / (self._mean_tried + self._weight)
 
     @property
     def proven(self) -> int:
@@ -124,15 +124,15 @@ class Rates:
     def note(self, confidence: float, held: bool) -> None:
         """What became of one drafted token whose parent held."""
         i = min(int(confidence * _BINS), _BINS - 1)
-        self._held[i] = self._held[i] * self._KEPT + held
-        self._tried[i] = self._tried[i] * self._KEPT + 1
+        self._held[i] = self._held[i] * self._kept + held
+        self._tried[i] = self._tried[i] * self._kept + 1
         if self._prior is not None:
             self._prior.note(confidence, held)
 
     def note_depth(self, held: bool) -> None:
         """Whether a depth held, by any of its alternatives."""
-        self._mean_held = self._mean_held * self._KEPT + held
-        self._mean_tried = self._mean_tried * self._KEPT + 1
+        self._mean_held = self._mean_held * self._kept + held
+        self._mean_tried = self._mean_tried * self._kept + 1
         if self._prior is not None:
             self._prior.note_depth(held)
 

@@ -32,6 +32,7 @@ from .tree import Tree, alternatives
 Worth = Callable[[int, Sequence[float]], bool]
 
 _PREFILL = 512  # most tokens of one step
+_MANY = 64  # tokens of a step whose time tells what each takes
 _USUAL = 8  # tokens of one sequence, of a step that catches up on what has just been verified
 
 
@@ -91,6 +92,7 @@ class DraftModel:
         self.model, self.config, self.name = loaded.model, loaded.config, loaded.name
         self._tokenizer = None if loaded.tokenizer_path is None else Tokenizer(loaded.tokenizer_path)
         self.costs = Costs()  # of one depth, by the requests that are drafted for
+        self._token_seconds = 0.0  # of each token of a long run of them, such as a prompt; 0: not known yet
         self._copies: dict[Request, _Copy] = {}
         self._pool: BlockPool | None = None
 
@@ -128,6 +130,11 @@ class DraftModel:
         copy = self._copies.pop(request, None)
         if copy is not None:
             self.pool.release(copy.block_table)
+
+    def catching_up(self, request: Request) -> float:
+        """Seconds that what this model has not computed of a request will take."""
+        copy = self._copies.get(request)
+        return (request.num_tokens - (0 if copy is None else copy.num_computed)) * self._token_seconds
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int], worth: Worth | None = None) -> list[Draft]:
         """See ``Drafter.draft``. ``worth`` is asked before every depth but the first; where it says no, the draft goes no deeper."""
@@ -279,7 +286,12 @@ class DraftModel:
 
     def _run(self, shares: Sequence[tuple[_Copy, int, bool]]) -> Any:
         plan = StepPlan([ScheduledSequence(copy.request, copy, copy.num_computed, n, (copy,) if last else ()) for copy, n, last in shares])
+        begun = time.perf_counter()
         logits = self._runner.run(plan)
+        tokens = sum(n for _, n, _ in shares)
+        if tokens >= _MANY:
+            seconds = (time.perf_counter() - begun) / tokens
+            self._token_seconds += (seconds - self._token_seconds) * (0.2 if self._token_seconds else 1.0)
         for copy, n, _ in shares:
             copy.num_computed += n
         return logits

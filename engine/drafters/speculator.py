@@ -61,7 +61,7 @@ class Speculator:
         self, drafters: Sequence[Drafter], config: ModelConfig, tokenizer: Tokenizer | None, *, max_batch_size: int, block_size: int
     ) -> None:
         self.drafters = list(drafters)
-        self.step_costs = Costs()  # of the model's steps, and of what drafts take beside drafting
+        self.step_costs = Costs()  # of the model's steps, those with drafts with all that drafts take beside drafting
         self._drafting = 0.0  # seconds of the present step
         self._vocab_size = config.vocab_size
         self._rates = [Rates() for _ in self.drafters]
@@ -90,8 +90,9 @@ class Speculator:
 
     def _ask(self, place: int, drafter: Drafter, wanting: Sequence[tuple[Request, int]], batch: int) -> None:
         """Have one drafter draft for those whom that promises to serve."""
-        costs = drafter.costs if isinstance(drafter, DraftModel) else None
-        nodes = drafter.nodes if isinstance(drafter, DraftModel) else 1
+        model = drafter if isinstance(drafter, DraftModel) else None
+        costs = None if model is None else model.costs
+        nodes = 1 if model is None else model.nodes
         depth = None if costs is None else Depth(self.step_costs, costs(len(wanting)), batch, len(wanting), nodes)
         requests: list[Request] = []
         limits: list[int] = []
@@ -101,6 +102,8 @@ class Speculator:
             limit = most
             if request.params.num_assistant_tokens is None:
                 record.compare(request.tokens)
+                if model is not None and depth is not None and model.costs:
+                    record.cost = model.catching_up(request) + depth.share
                 unknown = costs is not None and not costs
                 limit = min(most, _FIRST if unknown else record.limit(depth, most) * nodes)
             if limit:
@@ -110,21 +113,17 @@ class Speculator:
         if not requests:
             return
         start = time.perf_counter()
-        if isinstance(drafter, DraftModel):
-            drafts = drafter.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
+        if model is not None:
+            drafts = model.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
         else:
             drafts = drafter.draft(requests, limits)
         if len(drafts) != len(requests):
             raise ValueError(
                 f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(requests)} requests; it must return one for each"
             )
-        seconds = time.perf_counter() - start
-        self._drafting += seconds
+        self._drafting += time.perf_counter() - start
         plain = self.step_costs(batch) / batch
-        level = costs(len(requests)) / len(requests) if costs else 0.0
         for request, limit, record, draft in zip(requests, limits, records, drafts, strict=True):
-            # A model may have had to compute the prompt first; that is not what it costs to ask it again.
-            record.cost = seconds / len(requests) if costs is None else max(len(draft), 1) * level
             draft = usable(request, draft, limit, self._vocab_size)
             governed = request.params.num_assistant_tokens is None and not draft.proposal  # see _prune
             if not draft:
@@ -135,6 +134,8 @@ class Speculator:
             else:
                 request.draft = draft
                 self._asked[request] = record
+            if model is None:
+                record.cost = (time.perf_counter() - start) / len(requests)
 
     def _promised(self, request: Request, place: int) -> float:
         """The chance of a token from the drafters that would be asked from this place on."""
@@ -153,7 +154,7 @@ class Speculator:
                 rows += len(draft)
         if not governed:
             return
-        drafting = sum(record.cost for record in self._asked.values())
+        drafting = sum(record.cost for record in self._asked.values())  # about: of models one depth
         kept = prune(self.step_costs, drafting, rows, [record.chances(draft) for _, record, draft in governed])
         for (request, record, draft), nodes in zip(governed, kept, strict=True):
             request.draft = draft.keep(nodes) or None
@@ -161,9 +162,10 @@ class Speculator:
                 record.leave(draft, request.num_tokens)
                 record.missed(self.step_costs(batch) / batch)
 
-    def note_step(self, rows: int, seconds: float) -> None:
-        """A step of decoding of so many rows has taken so long, with drafting."""
-        self.step_costs.note(rows, seconds - self._drafting)
+    def note_step(self, sequences: int, rows: int, seconds: float) -> None:
+        """A step of decoding has taken so long, with drafting. One that asked in vain is neither plain nor drafted."""
+        if rows > sequences or not self._drafting:
+            self.step_costs.note(rows, seconds - self._drafting)
 
     def learn(self, verdict: Verdict) -> None:
         """Take in what became of a draft."""

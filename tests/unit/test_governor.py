@@ -87,12 +87,12 @@ def test_rates_begin_with_the_confidence_and_follow_what_is_seen():
 def test_rates_of_a_request_begin_with_those_of_all():
     everyone = Rates()
     first = Rates(everyone)
-    for _ in range(200):
+    for _ in range(600):
         first.note(0.9, False)
         first.note_depth(False)
     second = Rates(everyone)
     assert second.of(0.9) < 0.3 and second.mean < 0.2
-    for _ in range(200):
+    for _ in range(600):
         second.note(0.9, True)
         second.note_depth(True)
     assert second.of(0.9) > 0.9 > 0.3 > first.of(0.9) and second.mean > 0.9 > 0.3 > first.mean
@@ -242,7 +242,7 @@ def test_long_drafts_are_for_those_whose_shorter_ones_held():
         record.learn(Draft.chain(tokens, [1.0] * len(tokens)), tokens)
     assert limits[0] == governor._UNPROVEN and limits == sorted(limits) and limits[1] < limits[2] and limits[-1] == governor._LONGEST
     assert Record(Rates(overall)).limit(None, 63) == governor._LONGEST  # for another request of the same drafter
-    for _ in range(200):
+    for _ in range(600):
         record.learn(Draft.chain([1], [1.0]), [2])
     assert Record(Rates(overall)).limit(None, 63) <= governor._UNPROVEN + 2
 
