@@ -47,9 +47,9 @@ def check_scale(name: str, value: Any, *, zero: bool) -> None:
         raise ValueError(f"{name} is {value}; it must lie within {1 / FLOAT_LIMIT:g} and {FLOAT_LIMIT:g}, or be 0 where that is allowed")
 
 
-def check_range(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
-    """A number from ``low``, itself excluded if ``above``, to ``high``; None passes."""
-    if value is None:
+def check_range(name: str, value: Any, low: float, high: float, *, above: bool = False, required: bool = False) -> None:
+    """A number from ``low``, itself excluded if ``above``, to ``high``; None passes unless ``required``."""
+    if value is None and not required:
         return
     allowed = f"a number {'above' if above else 'from'} {low}{', at most' if above else ' to'} {high}"
     check_number(name, value, allowed)

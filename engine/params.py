@@ -211,6 +211,8 @@ class SamplingParams:
             raise ValueError(f"num_assistant_tokens is {self.num_assistant_tokens}; with speculative=False it must be 0 or None")
         if self.speculative and self.num_assistant_tokens == 0:
             raise ValueError("num_assistant_tokens is 0; with speculative=True it must be at least 1, or None")
+        if self.verification == "block" and self.speculative is False:
+            raise ValueError("verification is 'block'; with speculative=False there is nothing to verify, and it must be 'replay'")
         if self.verification == "block" and self.logits_processor not in ((), None):
             raise ValueError("verification is 'block'; it cannot be used with a logits_processor")
 

@@ -49,7 +49,9 @@ def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft
     lengths = {len(column) for column in (draft.tokens, draft.parents, draft.confidence, draft.sequences, draft.proposal)}
     whole = lengths == {len(draft)} and len(draft) <= limit and all(0 <= token < vocab_size for token in draft.tokens)
     if draft.proposal and whole and draft.is_chain:
-        return draft
+        own = all(after.request is request and after.drafted == draft.tokens[:i] for i, after in enumerate(draft.sequences, 1))
+        if own and all(masses.shape == (vocab_size,) for masses in draft.proposal):
+            return draft
     sequences: dict[int, Lookahead] = {}
     depths = {0: 0}
     deepest = 0
@@ -58,7 +60,10 @@ def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft
         depth = depths.get(parent, MAX_DRAFT) + 1
         if depth > MAX_DRAFT or depth < deepest or not 0 <= token < vocab_size:
             continue
-        after = draft.sequences[node - 1] if draft.sequences else go_on(sequences[parent] if parent else request, token)
+        before = sequences[parent] if parent else request
+        path = (*(before.drafted if isinstance(before, Lookahead) else ()), token)
+        given = draft.sequences[node - 1] if len(draft.sequences) == len(draft) else None
+        after = given if given is not None and given.request is request and given.drafted == path else go_on(before, token)
         if after is not None:
             sequences[node], depths[node], deepest = after, depth, depth
     # A drafter need not have any, and its own code may make anything of it.

@@ -146,8 +146,8 @@ class SuffixLookup:
     def __init__(self, store_tokens: int = 65_536, min_match: int = 2, min_probability: float = 0.1, length_factor: float = 8.0) -> None:
         check_int("store_tokens", store_tokens, 0)
         check_int("min_match", min_match, 1, MAX_MATCH)
-        check_range("min_probability", min_probability, 0, 1)
-        check_range("length_factor", length_factor, 0, 64, above=True)
+        check_range("min_probability", min_probability, 0, 1, required=True)
+        check_range("length_factor", length_factor, 0, 64, above=True, required=True)
         self._store_tokens = store_tokens
         self._sizes = (*(n for n in self.SIZES if n > min_match), min_match)
         self._min_probability = min_probability

@@ -96,8 +96,8 @@ class DraftModel:
         self._copies: dict[Request, _Copy] = {}
         self._pool: BlockPool | None = None
 
-    def bind(self, config: ModelConfig, tokenizer: Tokenizer | None, *, max_batch_size: int, block_size: int) -> None:
-        """Become the drafter of a decoder; ``ValueError`` where that cannot be."""
+    def check(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        """Raise ``ValueError`` unless this can draft for such a model."""
         if self._pool is not None:
             raise ValueError(f"draft model {self.name} drafts for another decoder already; make a DraftModel for each")
         if self.config.vocab_size != config.vocab_size:
@@ -111,6 +111,9 @@ class DraftModel:
                 f"draft model {self.name} has a length of {self.config.max_position} tokens; it must have at least the model's "
                 f"{config.max_position}, or use Decoder(max_position={self.config.max_position})"
             )
+
+    def bind(self, config: ModelConfig, *, max_batch_size: int, block_size: int) -> None:
+        """Become the drafter of a decoder, whose model it has been checked for."""
         c = self.config
         dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
         bytes_per_block = block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, block_size, dtype)

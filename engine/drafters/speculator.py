@@ -17,7 +17,7 @@ from ..decode.speculate import Verdict, usable
 from ..models.config import ModelConfig
 from ..request import Request
 from ..tokenizer import Tokenizer
-from .draft import MAX_DRAFT, Drafter
+from .draft import MAX_DRAFT, Draft, Drafter
 from .governor import Costs, Depth, Rates, Record, prune
 from .model import DraftModel
 
@@ -33,6 +33,8 @@ def make_drafters(draft: Any) -> list[Drafter]:
         return [drafter for one in draft for drafter in make_drafters(one)]
     if isinstance(draft, str) and draft == "bundled":
         return [DraftModel(BUNDLED)]
+    if draft == "":
+        raise ValueError("draft is ''; it must be a path, 'bundled', a model, a drafter, a list of these, or None")
     if isinstance(draft, (str, os.PathLike, nn.Module)):
         try:
             return [DraftModel(draft)]
@@ -67,9 +69,13 @@ class Speculator:
         self._rates = [Rates() for _ in self.drafters]
         self._records: dict[Request, list[Record]] = {}
         self._asked: dict[Request, Record] = {}  # whose drafter drafted for the present step
-        for drafter in self.drafters:
-            if isinstance(drafter, DraftModel):
-                drafter.bind(config, tokenizer, max_batch_size=max_batch_size, block_size=block_size)
+        if len({id(drafter) for drafter in self.drafters}) < len(self.drafters):
+            raise ValueError("draft holds the same drafter twice; each must be one of its own")
+        models = [drafter for drafter in self.drafters if isinstance(drafter, DraftModel)]
+        for model in models:
+            model.check(config, tokenizer)
+        for model in models:
+            model.bind(config, max_batch_size=max_batch_size, block_size=block_size)
 
     def propose(self, running: Sequence[Request]) -> None:
         """Give requests that only lack their last token a draft for the next step."""
@@ -117,14 +123,10 @@ class Speculator:
             drafts = model.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
         else:
             drafts = drafter.draft(requests, limits)
-        if len(drafts) != len(requests):
-            raise ValueError(
-                f"drafter {type(drafter).__name__} returned {len(drafts)} drafts for {len(requests)} requests; it must return one for each"
-            )
+        drafts = self._checked(drafter, drafts, requests, limits)
         self._drafting += time.perf_counter() - start
         plain = self.step_costs(batch) / batch
-        for request, limit, record, draft in zip(requests, limits, records, drafts, strict=True):
-            draft = usable(request, draft, limit, self._vocab_size)
+        for request, record, draft in zip(requests, records, drafts, strict=True):
             governed = request.params.num_assistant_tokens is None and not draft.proposal  # see _prune
             if not draft:
                 record.missed(plain)
@@ -136,6 +138,18 @@ class Speculator:
                 self._asked[request] = record
             if model is None:
                 record.cost = (time.perf_counter() - start) / len(requests)
+
+    def _checked(self, drafter: Drafter, drafts: Any, requests: Sequence[Request], limits: Sequence[int]) -> list[Draft]:
+        """What of a drafter's answer can be verified; ``ValueError`` or ``TypeError`` for one that is no answer."""
+        name = type(drafter).__name__
+        if not isinstance(drafts, Sequence):
+            raise TypeError(f"drafter {name} returned a {type(drafts).__name__}; it must return a list with a Draft for each request")
+        if len(drafts) != len(requests):
+            raise ValueError(f"drafter {name} returned {len(drafts)} drafts for {len(requests)} requests; it must return one for each")
+        try:
+            return [usable(r, draft, limit, self._vocab_size) for r, draft, limit in zip(requests, drafts, limits, strict=True)]
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise TypeError(f"drafter {name} returned what is no Draft of token ids, parents and confidences: {error}") from error
 
     def _promised(self, request: Request, place: int) -> float:
         """The chance of a token from the drafters that would be asked from this place on."""

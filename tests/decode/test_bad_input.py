@@ -9,7 +9,7 @@ import pytest
 import torch
 from decode.small_models import small_llama
 
-from engine import Decoder, DraftModel, PromptLookup, SamplingParams
+from engine import Decoder, DraftModel, PromptLookup, SamplingParams, SuffixLookup
 from engine.drafters.speculator import BUNDLED
 
 CALLS = [
@@ -255,8 +255,9 @@ NO_DRAFTER = "it must be a model, a path, 'bundled', a drafter (PromptLookup(), 
          "draft model LlamaForCausalLM has a vocabulary of 99 tokens; it must have the model's 101"),
         (lambda: small_llama(max_position_embeddings=128), ValueError,
          "draft model LlamaForCausalLM has a length of 128 tokens; it must have at least the model's 256, or use Decoder(max_position="),
-        (lambda: [one := DraftModel(small_llama()), one], ValueError,
-         "draft model LlamaForCausalLM drafts for another decoder already; make a DraftModel for each"),
+        (lambda: [one := DraftModel(small_llama()), one], ValueError, "draft holds the same drafter twice"),
+        (lambda: "", ValueError, "draft is ''; it must be a path"),
+        (lambda: SuffixLookup(length_factor=None), TypeError, "length_factor is None; it must be a number"),
     ],
 )  # fmt: skip
 def test_a_draft_that_cannot_be(llama, draft, error, words):
@@ -269,6 +270,8 @@ def test_a_draft_model_serves_one_decoder(llama):
     model = DraftModel(small_llama(seed=1))
     with pytest.raises(RuntimeError, match="draft model LlamaForCausalLM belongs to no decoder yet"):
         model.pool  # noqa: B018
+    with pytest.raises(ValueError, match="vocabulary of 99"):  # of the other one: this one stays free
+        Decoder(llama, cache_tokens=256, draft=[model, small_llama(vocab_size=99)])
     Decoder(llama, cache_tokens=256, draft=model)
     with pytest.raises(ValueError, match="drafts for another decoder already"):
         Decoder(llama, cache_tokens=256, draft=model)

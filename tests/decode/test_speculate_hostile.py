@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from decode.speculation_cases import COUNT, Target, check_cell, check_idle, run_streams, target, total, watch
 
-from engine import Draft
+from engine import Decoder, Draft, DraftModel
 from engine.request import Request
 
 V = 101
@@ -214,3 +216,49 @@ def test_one_that_answers_for_others():
     with pytest.raises(ValueError, match="drafter Miscounting returned 0 drafts for 1 requests"):
         decoder.generate([5, 6], seed=0, temperature=1.0, num_assistant_tokens=2)
     check_idle(decoder)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None, [None], [[1, 2]], [Draft(("a",), (0,), (0.5,))], [Draft((1.5, None), (0, 1), (0.5, 0.5))], [Draft((1,), ([],), (0.5,))],
+        [Draft((1,), (0,), ("x",))],
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_draft_is_named(llama: Target, answer: Any):
+    class Broken:
+        def draft(self, requests: Any, limits: Any) -> Any:
+            return answer
+
+        def release(self, request: Any) -> None: ...
+
+    decoder = llama.speculative(Broken())
+    with pytest.raises(TypeError, match="drafter Broken returned"):
+        decoder.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
+    assert decoder.pool.num_free == decoder.pool.num_blocks and not decoder.scheduler.has_work
+
+
+def test_sequences_of_other_tokens_are_not_believed(llama: Target):
+    """A draft whose tokens were exchanged and whose sequences were not: penalties must see the tokens."""
+
+    class Stale:
+        def __init__(self, model: Any) -> None:
+            self.inner = DraftModel(model)
+
+        def draft(self, requests: Any, limits: Any) -> Any:
+            drafts = self.inner.draft(requests, limits)
+            return [replace(d, tokens=(*d.tokens[:1], *(t % 7 + 3 for t in d.tokens[1:]))) for d in drafts]
+
+        def release(self, request: Any) -> None:
+            self.inner.release(request)
+
+    options = {"max_new_tokens": 40, "ignore_eos": True, "repetition_penalty": 1.5, "frequency_penalty": 1.0, "temperature": 0.7, "seed": 3}
+    plain = Decoder(llama.model, cache_tokens=4096)
+    stale = Stale(llama.model)
+    decoder = Decoder(llama.model, draft=stale, cache_tokens=4096)
+    stale.inner.check(decoder.config, None)
+    stale.inner.bind(decoder.config, max_batch_size=8, block_size=16)
+    for prompt in ([1, 2, 3], [4, 5, 6, 7, 4, 5]):
+        a, b = (d.generate(prompt, num_assistant_tokens=n, **options)[0] for d, n in ((plain, None), (decoder, 5)))
+        assert (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
+        assert b.metrics.num_drafted
