@@ -225,20 +225,20 @@ def test_one_that_answers_for_others():
         [Draft((1,), (0,), ("x",))],
     ],
 )  # fmt: skip
-def test_an_answer_that_is_no_draft_is_named(llama: Target, answer: Any):
+def test_an_answer_that_is_no_draft_is_named(llama: Any, answer: Any):
     class Broken:
         def draft(self, requests: Any, limits: Any) -> Any:
             return answer
 
         def release(self, request: Any) -> None: ...
 
-    decoder = llama.speculative(Broken())
+    decoder = Decoder(llama, draft=Broken(), cache_tokens=1024)
     with pytest.raises(TypeError, match="drafter Broken returned"):
         decoder.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
     assert decoder.pool.num_free == decoder.pool.num_blocks and not decoder.scheduler.has_work
 
 
-def test_sequences_of_other_tokens_are_not_believed(llama: Target):
+def test_sequences_of_other_tokens_are_not_believed(llama: Any):
     """A draft whose tokens were exchanged and whose sequences were not: penalties must see the tokens."""
 
     class Stale:
@@ -253,9 +253,9 @@ def test_sequences_of_other_tokens_are_not_believed(llama: Target):
             self.inner.release(request)
 
     options = {"max_new_tokens": 40, "ignore_eos": True, "repetition_penalty": 1.5, "frequency_penalty": 1.0, "temperature": 0.7, "seed": 3}
-    plain = Decoder(llama.model, cache_tokens=4096)
-    stale = Stale(llama.model)
-    decoder = Decoder(llama.model, draft=stale, cache_tokens=4096)
+    plain = Decoder(llama, cache_tokens=4096)
+    stale = Stale(llama)
+    decoder = Decoder(llama, draft=stale, cache_tokens=4096)
     stale.inner.check(decoder.config, None)
     stale.inner.bind(decoder.config, max_batch_size=8, block_size=16)
     for prompt in ([1, 2, 3], [4, 5, 6, 7, 4, 5]):
