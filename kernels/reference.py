@@ -16,8 +16,8 @@ from .reference_sample import sample
 from .reference_verify import masses, verify_block, verify_drafts
 
 __all__ = [
-    "beam_select", "embed", "linear", "masses", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul", "unavailable",
-    "verify_block", "verify_drafts",
+    "beam_select", "embed", "linear", "masses", "move_tokens", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul",
+    "unavailable", "verify_block", "verify_drafts",
 ]  # fmt: skip
 
 
