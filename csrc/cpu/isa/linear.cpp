@@ -80,8 +80,8 @@ ENGINE_INLINE void tile_rows(int64_t m, const T* w, int64_t k, int64_t rows, con
     tile_columns<T, MR, kFetch>(w, k, rows, x, xs, len, sums, ld, first, ahead);
 }
 
-// The tiles share in fetching the next block's weights, the four rows at `next`. (Measured, with memory at 70 GB/s: the first tile's products
-// hide behind that, those of further tiles hardly.)
+// The tiles share in fetching the next block's weights, the four rows at `next`. (Measured, with memory at 70 GB/s: the first tile's
+// products hide behind that, those of further tiles hardly.)
 template <class T>
 void block(const T* w, int64_t k, int64_t rows, const float* x, int64_t xs, int64_t m, int64_t len, float* sums, int64_t ld, bool first,
            const T* next) {
