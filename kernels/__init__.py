@@ -25,12 +25,14 @@ from .api import (
     verify_block,
     verify_drafts,
 )
+from .packed import PackedWeight, pack
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 
 __all__ = [
     "BACKENDS",
     "BeamResult",
     "OP_NAMES",
+    "PackedWeight",
     "STATUS_BAD_PARAMETER",
     "STATUS_NAN",
     "STATUS_NOTHING_ALLOWED",
@@ -49,6 +51,7 @@ __all__ = [
     "linear",
     "masses",
     "move_tokens",
+    "pack",
     "paged_attention",
     "rms_norm",
     "rope_append",

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .packed import PackedWeight
 from .registry import default_ops
 
 GREEDY_BELOW = 1e-5  # temperatures of ``sample`` below this are greedy
@@ -103,17 +104,17 @@ class VerifyResult(NamedTuple):
     status: Tensor | None = None  # int32 [S]
 
 
-def embed(tokens: Tensor, table: Tensor) -> Tensor:
-    """Rows of ``table [V, H]`` (fp32, bf16 or fp16) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
+def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
+    """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
 
     Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``.
     """
-    return default_ops("table", table).embed(tokens, table)
+    return default_ops("tokens", tokens).embed(tokens, table)
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -121,12 +122,18 @@ def linear(
 ) -> Tensor:
     """``concat_i(x @ weights[i].T + biases[i]) + residual`` in float32.
 
-    ``x [M, K]`` float32, unit stride in K, any row stride. ``weights[i] [N_i, K]`` contiguous, all of one dtype (fp32, bf16 or fp16), in
-    the model's own storage: nothing is packed or copied. ``biases[i] [N_i]`` of the weights' dtype or fp32. ``residual`` and ``out`` are
-    ``[M, sum N_i]`` float32 and contiguous; ``out`` may be ``residual``.
+    ``x [M, K]`` float32, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype (fp32,
+    bf16 or fp16), read in the model's own storage; or ``PackedWeight`` of one format. ``biases[i] [N_i]`` of the weights' dtype or fp32
+    (beside packed weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` float32 and contiguous; ``out`` may be
+    ``residual``.
 
-    Products accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): K is cut at fixed
-    absolute places and lanes and partial sums are added in one fixed order.
+    Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
+    fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
+    over K, so that it does not depend on the width of the machine's vectors either.
+
+    With int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as LLM.int8 and
+    its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in float32. The
+    result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
     """
     return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .packed import PackedWeight
+
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CACHE_DTYPES = (torch.float32, torch.bfloat16)
 _F32 = (torch.float32,)
@@ -56,38 +58,50 @@ def _device(first: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name} is on {t.device} while the first argument is on {device}")
 
 
-def embed(tokens: Tensor, table: Tensor) -> None:
+def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
     _plain("tokens", tokens, _I32, 1, "[T]")
+    if isinstance(table, PackedWeight):
+        _device(tokens, (("table", table.data),))
+        return
     _plain("table", table, WEIGHT_DTYPES, 2, "[V, H]")
     _device(tokens, (("table", table),))
 
 
 def linear(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor | None
+    x: Tensor,
+    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    biases: Sequence[Tensor | None] | None,
+    residual: Tensor | None,
+    out: Tensor | None,
 ) -> int:
     """Check the arguments of ``linear`` and return the width of its result."""
     _dtype("x", x, _F32)
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
-    if isinstance(weights, Tensor):
-        raise TypeError("weights must be a list of matrices, got a tensor: pass [weight]")
+    if isinstance(weights, (Tensor, PackedWeight)):
+        raise TypeError("weights must be a list of matrices, got a single one: pass [weight]")
     if not weights:
         raise ValueError("weights must hold at least one matrix, got none")
     if biases is not None and len(biases) != len(weights):
         raise ValueError(f"biases must match weights one to one, got {len(biases)} for {len(weights)}")
     width = 0
+    kind = _kind(weights[0])
     for i, w in enumerate(weights):
-        _plain(f"weights[{i}]", w, WEIGHT_DTYPES, 2, "[N, K]")
-        if w.dtype != weights[0].dtype:
-            raise TypeError(f"weights[{i}] must have the dtype of weights[0], {weights[0].dtype}, got {w.dtype}")
+        if isinstance(w, PackedWeight):
+            bias_dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES
+        else:
+            _plain(f"weights[{i}]", w, WEIGHT_DTYPES, 2, "[N, K]")
+            bias_dtypes = (w.dtype, torch.float32)
+        if _kind(w) != kind:
+            raise TypeError(f"weights[{i}] must be of one kind with weights[0], {kind}, got {_kind(w)}")
         if w.shape[1] != x.shape[1]:
             raise ValueError(f"weights[{i}] must have shape [N, K] with K = {x.shape[1]}, got {tuple(w.shape)}")
         b = None if biases is None else biases[i]
         if b is not None:
-            _dtype(f"biases[{i}]", b, (w.dtype, torch.float32))
+            _dtype(f"biases[{i}]", b, bias_dtypes)
             _shape(f"biases[{i}]", b, (w.shape[0],), "[N]")
             _contiguous(f"biases[{i}]", b)
-        _device(x, ((f"weights[{i}]", w), (f"biases[{i}]", b)))
+        _device(x, ((f"weights[{i}]", w.data), (f"biases[{i}]", b)))
         width += w.shape[0]
     for name, t in (("residual", residual), ("out", out)):
         if t is not None:
@@ -96,6 +110,10 @@ def linear(
             _contiguous(name, t)
     _device(x, (("residual", residual), ("out", out)))
     return width
+
+
+def _kind(weight: Tensor | PackedWeight) -> str:
+    return f"packed {weight.format}" if isinstance(weight, PackedWeight) else str(weight.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import checks, checks_sample, checks_verify
 from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult, VerifyResult
+from .packed import PackedWeight
 
 _cpu: Any = None
 _reason: str | None = None
@@ -27,6 +28,8 @@ except ImportError as error:
 
 _F32 = torch.float32
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/cpu/kernels.h
+# enum WeightFormat there: matrices in rows have the numbers of their dtypes, then come the packed ones
+_PACKED = {"float32": 3, "bfloat16": 4, "float16": 5, "int8": 6, "int4": 7}
 
 
 def unavailable(device_type: str) -> str | None:
@@ -49,15 +52,18 @@ def _on_cpu(name: str, t: Tensor) -> None:
 
 
 def _linear_plan(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor | None
-) -> tuple[int, int, int, int, tuple[int, ...]] | None:
-    """Rows, width of the result, and what ``_cpu.linear`` takes: x's row stride, K, the weights as one flat tuple. None where
-    ``checks.linear`` must say what is wrong."""
-    if isinstance(weights, Tensor):
+    x: Tensor,
+    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    biases: Sequence[Tensor | None] | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+) -> tuple[int, int, int, int, tuple[int, ...], int] | None:
+    """Rows, width of the result, and what ``_cpu.linear`` takes: x's row stride, K, the weights as one flat tuple, their format. None
+    where ``checks.linear`` must say what is wrong."""
+    if isinstance(weights, (Tensor, PackedWeight)):
         return None
     rows, k = x.shape
-    dtype = weights[0].dtype
-    if x.dtype is not _F32 or not x.is_cpu or dtype not in _DTYPE or (biases is not None and len(biases) != len(weights)):
+    if x.dtype is not _F32 or not x.is_cpu or (biases is not None and len(biases) != len(weights)):
         return None
     if x.is_contiguous():
         row_stride = k
@@ -67,28 +73,38 @@ def _linear_plan(
             return None
     width = 0
     segments: tuple[int, ...] = ()
+    kind = _kind(weights[0])
     for i, w in enumerate(weights):
         n, depth = w.shape
-        if depth != k or w.dtype is not dtype or not w.is_contiguous() or not w.is_cpu:
+        data = w.data
+        if depth != k or _kind(w) != kind or not data.is_contiguous() or not data.is_cpu:
             return None
         width += n
+        scale = w.scale.data_ptr() if isinstance(w, PackedWeight) and w.scale is not None else 0
         if biases is None or (bias := biases[i]) is None:
-            segments += (w.data_ptr(), n, 0, 0)
+            segments += (data.data_ptr(), scale, n, 0, 0)
             continue
-        if (bias.dtype is not dtype and bias.dtype is not _F32) or bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
+        if bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
             return None
-        segments += (w.data_ptr(), n, bias.data_ptr(), _DTYPE[bias.dtype])
+        if bias.dtype is not _F32 and not isinstance(w, PackedWeight) and bias.dtype is not w.dtype:
+            return None
+        segments += (data.data_ptr(), scale, n, bias.data_ptr(), _DTYPE[bias.dtype])
     shape = (rows, width)
     if residual is not None and not (residual.dtype is _F32 and residual.shape == shape and residual.is_contiguous() and residual.is_cpu):
         return None
     if out is not None and not (out.dtype is _F32 and out.shape == shape and out.is_contiguous() and out.is_cpu):
         return None
-    return rows, width, row_stride, k, segments
+    return rows, width, row_stride, k, segments, kind
+
+
+def _kind(weight: Tensor | PackedWeight) -> int:
+    """Its WeightFormat; ``KeyError`` for a dtype that none has."""
+    return _PACKED[weight.format] if isinstance(weight, PackedWeight) else _DTYPE[weight.dtype]
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -97,18 +113,17 @@ def linear(
     """See ``api.linear``; at most 16 weights."""
     try:
         plan = _linear_plan(x, weights, biases, residual, out)
-    except (AttributeError, IndexError, TypeError, ValueError):  # not a tensor, not two dimensions, no weight
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # not a tensor, not two dimensions, no weight
         plan = None
     if plan is None:
         checks.linear(x, weights, biases, residual, out)
         _on_cpu("x", x)
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
-    rows, width, row_stride, k, segments = plan
+    rows, width, row_stride, k, segments, kind = plan
     if out is None:
         out = x.new_empty((rows, width))
     _cpu.linear(
-        x.data_ptr(), row_stride, rows, k, segments, _DTYPE[weights[0].dtype], 0 if residual is None else residual.data_ptr(),
-        out.data_ptr(),
+        x.data_ptr(), row_stride, rows, k, segments, kind, 0 if residual is None else residual.data_ptr(), out.data_ptr()
     )  # fmt: skip
     return out
 
@@ -116,12 +131,13 @@ def linear(
 # ---- embed, rms_norm, rope_append, silu_mul ----
 
 
-def embed(tokens: Tensor, table: Tensor) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
     checks.embed(tokens, table)
     _on_cpu("tokens", tokens)
     vocab, width = table.shape
-    out = table.new_empty((tokens.shape[0], width), dtype=_F32)
-    _cpu.embed(tokens.data_ptr(), tokens.shape[0], table.data_ptr(), _DTYPE[table.dtype], vocab, width, out.data_ptr())
+    out = torch.empty((tokens.shape[0], width), dtype=_F32)
+    scale = table.scale.data_ptr() if isinstance(table, PackedWeight) and table.scale is not None else 0
+    _cpu.embed(tokens.data_ptr(), tokens.shape[0], table.data.data_ptr(), scale, _kind(table), vocab, width, out.data_ptr())
     return out
 
 

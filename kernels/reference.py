@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .packed import ACTIVATION_GROUP, PackedWeight
 from .reference_beam import beam_select
+from .reference_linear import integer_product
 from .reference_sample import sample
 from .reference_verify import masses, verify_block, verify_drafts
 
@@ -34,15 +36,16 @@ def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must hold values in [{low}, {high}), got {int(values[where])} at {where}")
 
 
-def embed(tokens: Tensor, table: Tensor) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
     checks.embed(tokens, table)
     _check_range("tokens", tokens, 0, table.shape[0])
-    return table[tokens.long()].float()
+    dense = table.dense() if isinstance(table, PackedWeight) else table
+    return dense[tokens.long()].float()
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -51,13 +54,19 @@ def linear(
     checks.linear(x, weights, biases, residual, out)
     parts = []
     for i, weight in enumerate(weights):
-        part = x @ weight.float().T
+        part = _product(x, weight)
         bias = None if biases is None else biases[i]
         parts.append(part if bias is None else part + bias.float())
     y = torch.cat(parts, dim=1)
     if residual is not None:
         y = y + residual
     return y if out is None else out.copy_(y)
+
+
+def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    if not isinstance(weight, PackedWeight):
+        return x @ weight.float().T
+    return integer_product(x, weight) if weight.format in ACTIVATION_GROUP else x @ weight.dense().float().T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

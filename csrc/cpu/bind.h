@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "dispatch.h"
 #include "kernels.h"
@@ -37,6 +38,15 @@ class Computing {
 template <class T>
 inline T* as(uintptr_t address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Raises ValueError unless all of `values` lie in [low, high).
+inline void check_range(const char* name, const int32_t* values, int64_t count, int64_t low, int64_t high) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (values[i] < low || values[i] >= high)
+            throw py::value_error(std::string(name) + " must hold values in [" + std::to_string(low) + ", " + std::to_string(high) +
+                                  "), got " + std::to_string(values[i]) + " at " + std::to_string(i));
+    }
 }
 
 void bind_linear(py::module_& m);

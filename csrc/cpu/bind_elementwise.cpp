@@ -6,20 +6,6 @@
 namespace engine {
 namespace {
 
-void check_range(const char* name, const int32_t* values, int64_t count, int64_t low, int64_t high) {
-    for (int64_t i = 0; i < count; ++i) {
-        if (values[i] < low || values[i] >= high)
-            throw py::value_error(std::string(name) + " must hold values in [" + std::to_string(low) + ", " + std::to_string(high) +
-                                  "), got " + std::to_string(values[i]) + " at " + std::to_string(i));
-    }
-}
-
-void embed(uintptr_t tokens, int64_t count, uintptr_t table, int dtype, int64_t vocabulary, int64_t width, uintptr_t out) {
-    const Computing computing;
-    check_range("tokens", as<const int32_t>(tokens), count, 0, vocabulary);
-    active().embed(as<const int32_t>(tokens), count, as<const void>(table), static_cast<DType>(dtype), width, as<float>(out));
-}
-
 void rms_norm(uintptr_t x, int64_t rows, int64_t width, uintptr_t weight, int dtype, float eps, uintptr_t out) {
     const Computing computing;
     active().rms_norm(as<const float>(x), rows, width, as<const void>(weight), static_cast<DType>(dtype), eps, as<float>(out));
@@ -108,7 +94,6 @@ void move_tokens(uintptr_t keys, uintptr_t values, int64_t element_size, uintptr
 }  // namespace
 
 void bind_elementwise(py::module_& m) {
-    m.def("embed", &embed);
     m.def("rms_norm", &rms_norm);
     m.def("silu_mul", &silu_mul);
     m.def("rope_append", &rope_append);

@@ -10,9 +10,26 @@ enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };  // the same numbers as in k
 
 constexpr int32_t kOk = 0, kNan = 1, kNothingAllowed = 2;  // STATUS_* of kernels/api.py
 
-// ---- linear (isa/linear.cpp) ----
+// ---- linear (isa/linear.cpp for rows, isa/linear_panels.cpp, isa/linear_int.cpp) ----
+// How the weights of a product lie in memory: rows [n, k] in their owner's storage, or panels (kernels/packed.py has their order). The
+// numbers are those of kernels/cpu.py.
+enum WeightFormat : int {
+    kRowsF32 = 0,
+    kRowsBF16 = 1,
+    kRowsF16 = 2,
+    kPanelsF32 = 3,
+    kPanelsBF16 = 4,
+    kPanelsF16 = 5,
+    kPanelsInt8 = 6,
+    kPanelsInt4 = 7,
+};
+constexpr int64_t kPanel = 32;            // outputs per panel
+constexpr int64_t kInt8Group = 128;       // elements of x that share a scale, beside int8 weights
+constexpr int64_t kInt4Group = 32;        // likewise beside int4 weights, which have groups of their own along K
+constexpr int64_t kInt4GroupBytes = 576;  // of a panel: 512 of nibbles, 32 float16 scales
 struct LinearSegment {
-    const void* weight;  // [n, k] row-major, of LinearArgs::dtype
+    const void* weight;  // [n, k] of LinearArgs::format
+    const float* scale;  // [panels * kPanel], kPanelsInt8 only
     const void* bias;    // [n] of bias_dtype, or null
     int64_t n;
     DType bias_dtype;
@@ -22,7 +39,7 @@ struct LinearArgs {
     int64_t x_stride, m, k;
     const LinearSegment* segments;
     int num_segments;
-    DType dtype;
+    WeightFormat format;
     const float* residual;  // [m, sum n] contiguous, or null; may be `out`
     float* out;             // [m, sum n] contiguous
 };
@@ -169,13 +186,14 @@ struct RopeArgs {
 struct Kernels {
     // ---- linear ----
     void (*linear)(const LinearArgs& args);
+    // Rows `tokens` of a matrix of k columns as float32 [count, k].
+    void (*embed)(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
     // ---- attention ----
     void (*attention_item)(const AttentionArgs& args, const AttentionItem& item);
     void (*attention_merge)(const AttentionArgs& args, const AttentionItem& item);  // finish the rows from the partials of all their splits
 
     // ---- elementwise ----
-    void (*embed)(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out);
     void (*rms_norm)(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out);
     void (*silu_mul)(const float* x, int64_t rows, int64_t width, float* out);  // width: of out, half of x's
     void (*rope_append)(const RopeArgs& args);

@@ -1,4 +1,4 @@
-// What lies between the products: embedding rows, RMS norm, rotary embedding with the cache write, SwiGLU. Each row on its own, in one
+// What lies between the products: RMS norm, rotary embedding with the cache write, SwiGLU. Each row on its own, in one
 // order of operations; many rows are shared out over the threads, few are done at once by the caller.
 #include "../kernels.h"
 #include "../thread_pool.h"
@@ -21,19 +21,6 @@ ENGINE_INLINE void over_rows(int64_t rows, int64_t width, int64_t multiple, cons
     } else {
         parallel_for(rows, grain, f);
     }
-}
-
-template <class T>
-void embed_rows(const int32_t* tokens, int64_t count, const T* table, int64_t width, float* out) {
-    over_rows(count, width, 1, [=](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const T* source = table + tokens[row] * width;
-            float* target = out + row * width;
-            int64_t c = 0;
-            for (; c + kLanes <= width; c += kLanes) store(target + c, load_as_float(source + c));
-            for (; c < width; ++c) target[c] = as_float(source[c]);
-        }
-    });
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight. Squares go to four vectors by position modulo 4 * kLanes, which are then added in one order.
@@ -128,16 +115,6 @@ ENGINE_INLINE VecF silu(VecF g) {
 }
 
 }  // namespace
-
-void embed(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out) {
-    if (dtype == kF32) {
-        embed_rows(tokens, count, static_cast<const float*>(table), width, out);
-    } else if (dtype == kBF16) {
-        embed_rows(tokens, count, static_cast<const BF16*>(table), width, out);
-    } else {
-        embed_rows(tokens, count, static_cast<const F16*>(table), width, out);
-    }
-}
 
 void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out) {
     over_rows(rows, width, 1, [=](int64_t begin, int64_t end) {

@@ -6,6 +6,7 @@ namespace engine {
 namespace ENGINE_ISA {
 
 void linear(const LinearArgs& args);  // linear.cpp
+void embed(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
 float read_floats(const float* data, int64_t count);  // limits.cpp
 int64_t multiply_adds(int64_t tasks, int64_t rounds);
@@ -20,8 +21,7 @@ void noise_of_row(int64_t seed, int32_t position, int32_t stream, int64_t vocab,
 void noise_of_words(const uint32_t* words, const uint32_t* lows, int64_t n, float* exponential, float* log_exponential);
 void weights_of_values(const float* values, int64_t n, int64_t* weights);
 
-void embed(const int32_t* tokens, int64_t count, const void* table, DType dtype, int64_t width, float* out);  // elementwise.cpp
-void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out);
+void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out);  // elementwise.cpp
 void silu_mul(const float* x, int64_t rows, int64_t width, float* out);
 void rope_append(const RopeArgs& args);
 
