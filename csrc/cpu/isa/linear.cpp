@@ -50,14 +50,22 @@ using RowOf = void (*)(const LinearSegment& table, int64_t n, int64_t k, float* 
 
 RowOf row_of(WeightFormat format) {
     switch (format) {
-        case kRowsF32: return row_of_rows<float>;
-        case kRowsBF16: return row_of_rows<BF16>;
-        case kRowsF16: return row_of_rows<F16>;
-        case kPanelsF32: return row_of_panels<float, 1>;
-        case kPanelsBF16: return row_of_panels<BF16, 2>;
-        case kPanelsF16: return row_of_panels<F16, 1>;
-        case kPanelsInt8: return row_of_int8;
-        default: return row_of_int4;
+        case kRowsF32:
+            return row_of_rows<float>;
+        case kRowsBF16:
+            return row_of_rows<BF16>;
+        case kRowsF16:
+            return row_of_rows<F16>;
+        case kPanelsF32:
+            return row_of_panels<float, 1>;
+        case kPanelsBF16:
+            return row_of_panels<BF16, 2>;
+        case kPanelsF16:
+            return row_of_panels<F16, 1>;
+        case kPanelsInt8:
+            return row_of_int8;
+        default:
+            return row_of_int4;
     }
 }
 

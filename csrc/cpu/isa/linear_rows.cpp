@@ -10,7 +10,8 @@
 // Dot products run along K (vectors of K, not of N) because the weights are not transposed; the sum over lanes is paid once per chunk. x is
 // packed once per call: chunk by chunk (so that tiles see no power-of-two strides), even and odd elements apart for bf16 weights.
 //
-// The cuts of K depend on K alone and the order inside a tile is fixed (linear_rows_tile.h): an output depends on its x row and weight row only.
+// The cuts of K depend on K alone and the order inside a tile is fixed (linear_rows_tile.h): an output depends on its x row and weight row
+// only.
 #include "../kernels.h"
 #include "../thread_pool.h"
 #include "linear.h"
