@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from measure import interleaved
+from peers.transformers import make_clock
 from tqdm import tqdm
-from transformers import StoppingCriteria
 
 from engine import Decoder, RequestOutput
 
@@ -71,17 +70,6 @@ class Ours:
         return seconds
 
 
-class Clock(StoppingCriteria):
-    """Notes when transformers has how many tokens; it asks once for each forward of the target."""
-
-    def __init__(self) -> None:
-        self.marks: list[tuple[float, int]] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.marks.append((time.perf_counter(), input_ids.shape[1]))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
-
 class Transformers:
     """The same through transformers' ``generate``."""
 
@@ -104,7 +92,7 @@ class Transformers:
 
     def _generate(self, prompts: Sequence[list[int]]) -> tuple[list[tuple[float, int]], list[list[int]]]:
         ids = torch.tensor(prompts)
-        clock = Clock()
+        clock = make_clock()
         torch.manual_seed(7)
         out = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=self._new, pad_token_id=0, stopping_criteria=[clock], **self._options

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.remote import Remote
 from tqdm import tqdm
 
 from engine import __version__
@@ -30,10 +31,53 @@ class Machine:
 
     read_bandwidth: float = field(default_factory=limits.read_bandwidth)  # bytes/s from memory
     flop_rate: float = field(default_factory=limits.flop_rate)  # float32 operations/s
+    later_read_bandwidth: float = 0.0  # the same at the end of the run
 
     def seconds(self, num_bytes: float, operations: float) -> float:
         """The least time a kernel that reads so many bytes and does so many operations can take: the roofline."""
         return max(num_bytes / self.read_bandwidth, operations / self.flop_rate)
+
+    def measure_again(self) -> None:
+        """At the end of a run: what other guests of the machine left of it may have changed."""
+        self.later_read_bandwidth = limits.read_bandwidth()
+        print(f"limits at the end: {self.later_read_bandwidth / 1e9:.1f} GB/s read, of {self.read_bandwidth / 1e9:.1f} at the beginning")
+
+    def describe(self, peers: dict[str, str | None]) -> dict[str, Any]:
+        """Machine, versions and commit, for the JSON."""
+
+        def git(*arguments: str) -> str:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+        processor = platform.processor() or platform.machine()
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
+        except OSError:
+            pass
+        return {
+            "processor": processor,
+            "kernels": cpu.describe() if cpu.unavailable("cpu") is None else "reference",
+            "torch_threads": torch.get_num_threads(),
+            "read_bandwidth_gb_s": self.read_bandwidth / 1e9,
+            "later_read_bandwidth_gb_s": self.later_read_bandwidth / 1e9,
+            "flop_rate_gflop_s": self.flop_rate / 1e9,
+            "engine": __version__,
+            "torch": torch.__version__,
+            "peers": peers,
+            "python": platform.python_version(),
+            "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+            "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        }
+
+
+@dataclass
+class Setting:
+    """What a suite is run with."""
+
+    machine: Machine
+    quick: bool = True
+    device: str = "cpu"
+    peers: list[Remote] = field(default_factory=list)
 
 
 def interleaved(
@@ -64,6 +108,11 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def rates(values: list[float], work: float) -> dict[str, float]:
+    """The summary of ``work`` per second, of seconds."""
+    return summary([work / seconds for seconds in values])
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a plain text table."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
@@ -74,33 +123,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         )
 
 
-def describe(machine: Machine) -> dict[str, Any]:
-    """Machine, versions and commit, for the JSON."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    except OSError:
-        pass
-    return {
-        "processor": processor,
-        "kernels": cpu.describe() if cpu.unavailable("cpu") is None else "reference",
-        "torch_threads": torch.get_num_threads(),
-        "read_bandwidth_gb_s": machine.read_bandwidth / 1e9,
-        "flop_rate_gflop_s": machine.flop_rate / 1e9,
-        "engine": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-    }
-
-
-def write_json(path: Path, machine: Machine, results: dict[str, Any]) -> None:
+def write_json(path: Path, written: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": describe(machine), "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps(written, indent=1) + "\n")
     print(f"\nwritten: {path}")

@@ -1,50 +1,82 @@
-"""Every benchmark, one command: ``python benchmarks/run.py [--suite linear|sampling|beam|decode|speculative|all] [--quick]
-[--out FILE.json]``.
+"""Every benchmark, one command: ``python benchmarks/run.py [--suite kernels|decode|sampling|beam|speculative|scaling|all] [--full]
+[--device cpu|cuda] [--peers auto|none|NAME,NAME] [--out FILE.json] [--against FILE.json] [--explain]``.
 
-``--device cuda`` measures what there is on a GPU: the sampling suite.
+The limits of the machine are measured first; contenders run in turn, round after round, and the tables give medians. ``--quick``, the
+default, has fewer cases and rounds and takes less than two minutes (the first time longer: peers convert the models); ``--full`` is the
+real thing.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "scripts")]
 
-from measure import Machine, write_json  # noqa: E402
+import against  # noqa: E402
+import torch  # noqa: E402
+from measure import Machine, Setting, write_json  # noqa: E402
+from peers.remote import find  # noqa: E402
 
-SUITES = ("linear", "sampling", "beam", "decode", "speculative")  # each a module suite_*.py with run(), and plot() where it draws figures
+# Each is a module suite_*.py with run(setting), and plot() where it draws figures.
+SUITES = ("kernels", "decode", "sampling", "beam", "speculative", "scaling")
 ON_CUDA = ("sampling",)
+WITH_PEERS = ("decode", "beam")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about a minute")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="fewer cases and rounds, less than two minutes in all (default)")
+    length.add_argument("--full", action="store_true", help="all cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}")
+    parser.add_argument("--peers", default="auto", help="other engines: auto (those installed), none, or names with commas")
     parser.add_argument("--out", type=Path, help="write the results here as JSON, and figures beside it")
+    parser.add_argument("--against", type=Path, help="an earlier JSON: print how many times as fast this run is, entry by entry")
+    parser.add_argument("--explain", action="store_true", help="print where the time of a step goes, and run no suite unless one is named")
     arguments = parser.parse_args()
     names = SUITES if arguments.suite == "all" else (arguments.suite,)
+    if arguments.explain and arguments.suite == "all":
+        names = ()
     if arguments.device == "cuda":
         names = tuple(name for name in names if name in ON_CUDA)
         if not names:
             parser.error(f"on cuda there is only the suite {', '.join(ON_CUDA)}, not {arguments.suite}")
+    earlier = json.loads(arguments.against.read_text()) if arguments.against else None
+
     machine = Machine()
     print(f"limits: {machine.read_bandwidth / 1e9:.1f} GB/s read, {machine.flop_rate / 1e9:.0f} GFLOP/s float32")
+    wanted = arguments.peers if any(name in WITH_PEERS for name in names) else "none"
+    try:
+        peers, absent = find(wanted, torch.get_num_threads())
+    except ValueError as error:
+        parser.error(str(error))
+    for name, why in absent.items():
+        print(f"peer {name} does not take part: {why}")
+    setting = Setting(machine, quick=not arguments.full, device=arguments.device, peers=peers)
     suites = {name: importlib.import_module(f"suite_{name}") for name in names}
-    results = {
-        name: suite.run(machine, arguments.quick, arguments.device) if name in ON_CUDA else suite.run(machine, arguments.quick)
-        for name, suite in suites.items()
-    }
+    try:
+        results = {name: suite.run(setting) for name, suite in suites.items()}
+        if arguments.explain:
+            results["explain"] = importlib.import_module("explain").run(setting)
+    finally:
+        for peer in peers:
+            peer.close()
+    machine.measure_again()
+    written = {"machine": machine.describe({peer.name: peer.version for peer in peers}), "results": results}
     if arguments.out:
-        write_json(arguments.out, machine, results)
+        write_json(arguments.out, written)
         for name, suite in suites.items():
             if hasattr(suite, "plot"):
                 for file in suite.plot(results[name], arguments.out):
                     print(f"written: {file}")
+    if earlier is not None:
+        against.report(earlier, written, arguments.against.name)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""Beam search: the selection kernel beside the eager chain and a plain read; the whole search beside transformers, CTranslate2 where it is
-installed, and the origin's own beams; and the cache blocks that beams share, all in the same run.
+"""Beam search: the selection kernel beside the eager chain and a plain read; the whole search beside the peers that have beams, and the
+origin's own beams; and the cache blocks that beams share, all in the same run.
 
 A search is timed from the prompt to its end; tokens/s counts the tokens of the sequences returned, not of all beams.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Machine, interleaved, seconds_of, summary, table
+from measure import Setting, interleaved, rates, seconds_of, summary, table
 from models.origin_model import OriginConfig
 from models.origin_model import Transformer as OriginTransformer
-from suite_decode import shape_s
+from ours import Engine
+from random_models import random_llama, saved
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import engine
 from engine import Decoder
@@ -28,11 +27,12 @@ SELECTIONS = ((1, 4, 32_000), (8, 4, 32_000), (1, 16, 32_000), (1, 4, 151_936), 
 SEARCHES = ((1, 4), (8, 4), (1, 16), (8, 16))  # batch, beams
 PROMPT, NEW = 128, 32
 LONG_PROMPT, WIDE = 1000, 16
+BUNDLED = Path(engine.__file__).parent / "bundled" / "target"
 
 
-def run(machine: Machine, quick: bool) -> dict[str, Any]:
-    results: dict[str, Any] = {"selection": selection(machine, 3 if quick else 9)}
-    results |= {"search": search(quick), "origin": origin(quick), "blocks": blocks()}
+def run(setting: Setting) -> dict[str, Any]:
+    results: dict[str, Any] = {"selection": selection(3 if setting.quick else 9)}
+    results |= {"search": search(setting), "origin": origin(setting.quick), "blocks": blocks()}
     results["aims"] = aims(results)
     return results
 
@@ -40,7 +40,7 @@ def run(machine: Machine, quick: bool) -> dict[str, Any]:
 # ---- the kernel ----
 
 
-def selection(machine: Machine, rounds: int) -> list[dict[str, Any]]:
+def selection(rounds: int) -> list[dict[str, Any]]:
     ops = select("cpu")
     results = []
     for groups, beams, vocab in tqdm(SELECTIONS, desc="selection", disable=None, leave=False):
@@ -86,78 +86,39 @@ def selection(machine: Machine, rounds: int) -> list[dict[str, Any]]:
 # ---- the whole search ----
 
 
-def engine_rate(decoder: Decoder, prompts: torch.Tensor, beams: int, new: int) -> Callable[[], float]:
-    def run() -> float:
-        return len(prompts) * new / seconds_of(lambda: decoder.generate(prompts, num_beams=beams, max_new_tokens=new, ignore_eos=True))
-
-    return run
-
-
-def transformers_rate(model: Any, prompts: torch.Tensor, beams: int, new: int) -> Callable[[], float]:
-    def one() -> object:
-        return model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), num_beams=beams, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-            pad_token_id=0,
-        )  # fmt: skip
-
-    return lambda: len(prompts) * new / seconds_of(one)
-
-
-def ctranslate2_rate(model: Any) -> Callable[[torch.Tensor, int, int], Callable[[], float]] | None:
-    """A maker of contenders, or None where CTranslate2 is not installed. The model goes through its own converter, in float32."""
-    if importlib.util.find_spec("ctranslate2") is None:
-        return None
-    import ctranslate2
-    from tokenizers import Tokenizer, models
-
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "source", Path(folder) / "target"
-        model.save_pretrained(source)
-        vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, model.config.vocab_size)}
-        words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(source)
-        ctranslate2.converters.TransformersConverter(str(source)).convert(str(target))
-        generator = ctranslate2.Generator(str(target), device="cpu", compute_type="float32", intra_threads=torch.get_num_threads())
-
-    def make(prompts: torch.Tensor, beams: int, new: int) -> Callable[[], float]:
-        tokens = [[f"t{i}" for i in prompt] for prompt in prompts.tolist()]
-
-        def one() -> object:
-            return generator.generate_batch(
-                tokens, beam_size=beams, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False
-            )
-
-        return lambda: len(prompts) * new / seconds_of(one)
-
-    return make
-
-
-def search(quick: bool) -> list[dict[str, Any]]:
+def search(setting: Setting) -> list[dict[str, Any]]:
+    """Whole searches of the bundled model, beside transformers, and of S, beside all peers that have beams; float32."""
+    quick = setting.quick
     new, rounds = (8, 1) if quick else (NEW, 2)
-    torch.manual_seed(0)
-    bundled = AutoModelForCausalLM.from_pretrained(Path(engine.__file__).parent / "bundled" / "target", dtype=torch.float32).eval()
+    able = [peer for peer in setting.peers if peer.beams]
     results = []
-    for name, model in (("bundled", bundled), ("S", shape_s(torch.float32))):
-        decoder = Decoder(model, cache_tokens=(PROMPT + 16 * (NEW + 32)) * 8, max_batch_size=128)
-        ctranslate2 = None if name == "bundled" else ctranslate2_rate(model)
+    for name in ("bundled", "S"):
+        # Peers that convert would write beside the bundled model.
+        peers = able if name == "S" else [peer for peer in able if peer.name == "transformers"]
+        model = random_llama("S") if name == "S" else AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+        ours = Engine(model, "fp32", max_batch=128, cache_tokens=(PROMPT + 16 * (NEW + 32)) * 8)
+        for peer in peers:
+            peer.load(saved("S") if name == "S" else BUNDLED, "fp32")
         for batch, beams in tqdm(SEARCHES[:2] if quick else SEARCHES, desc=f"beams, {name}", disable=None, leave=False):
-            prompts = torch.randint(3, decoder.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
-            contenders = {"ours": engine_rate(decoder, prompts, beams, new), "transformers": transformers_rate(model, prompts, beams, new)}
-            if ctranslate2 is not None:
-                contenders["CTranslate2"] = ctranslate2(prompts, beams, new)
-            for contender in contenders.values():
-                contender()  # the first run of each shape pays for what later ones find warm
-            rates = {peer: summary(values) for peer, values in interleaved(contenders, rounds).items()}
-            mine = rates["ours"]["median"]
-            ratios = {peer: mine / values["median"] for peer, values in rates.items() if peer != "ours"}
-            results.append({"model": name, "batch": batch, "beams": beams, "new": new, "tokens_per_second": rates, "ratio": ratios})
-    peers = list(dict.fromkeys(peer for r in results for peer in r["ratio"]))
+            vocab = ours.decoder.config.vocab_size
+            prompts = torch.randint(3, vocab, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+
+            def timed(contender: Any, prompts: list[list[int]] = prompts, beams: int = beams) -> Callable[[], float]:
+                contender.decode(prompts, 3, beams)  # the first run of each shape pays for what later ones find warm
+                return lambda: contender.decode(prompts, new, beams).total_seconds
+
+            contenders = {"ours": timed(ours)} | {peer.name: timed(peer) for peer in peers}
+            rate = {who: rates(seconds, batch * new) for who, seconds in interleaved(contenders, rounds).items()}
+            mine = rate["ours"]["median"]
+            ratios = {peer: mine / values["median"] for peer, values in rate.items() if peer != "ours"}
+            results.append({"model": name, "batch": batch, "beams": beams, "new": new, "tokens_per_second": rate, "ratio": ratios})
+    names = list(dict.fromkeys(peer for r in results for peer in r["ratio"]))
     table(
         f"beam search, float32, prompt {PROMPT}, {new} new tokens, prompt included: tokens/s of the returned sequences",
-        ["model", "batch", "beams", "tokens/s", *(f"x {peer}" for peer in peers)],
+        ["model", "batch", "beams", "tokens/s", *(f"x {peer}" for peer in names)],
         [
             [r["model"], str(r["batch"]), str(r["beams"]), f"{r['tokens_per_second']['ours']['median']:.1f}"]
-            + [f"{r['ratio'][peer]:.2f}" if peer in r["ratio"] else "-" for peer in peers]
+            + [f"{r['ratio'][peer]:.2f}" if peer in r["ratio"] else "-" for peer in names]
             for r in results
         ],
     )
@@ -209,12 +170,11 @@ def aims(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows: list[tuple[str, str, float, float]] = []
     for model in ("S", "bundled"):
         for batch, bound in ((1, 4.0), (8, 6.0)):
-            rows.append(
-                (f"{model}, batch {batch}, 4 beams: ours / transformers", ">=", bound, searches[model, batch, 4]["ratio"]["transformers"])
-            )
+            if ratio := searches[model, batch, 4]["ratio"].get("transformers"):
+                rows.append((f"{model}, batch {batch}, 4 beams: ours / transformers", ">=", bound, ratio))
     for (model, batch, beams), r in searches.items():
-        if "CTranslate2" in r["ratio"] and beams == 4:
-            rows.append((f"{model}, batch {batch}, 4 beams: ours / CTranslate2", ">=", 1.3, r["ratio"]["CTranslate2"]))
+        if "ctranslate2" in r["ratio"] and beams == 4:
+            rows.append((f"{model}, batch {batch}, 4 beams: ours / ctranslate2", ">=", 1.3, r["ratio"]["ctranslate2"]))
     s = searches["S", 1, 4]
     kernel = next(r for r in results["selection"] if (r["groups"], r["beams"], r["vocab"]) == (1, 4, 32_000))
     step = s["new"] / s["tokens_per_second"]["ours"]["median"] / s["new"]
@@ -237,6 +197,7 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
 
     searches = results["search"]
     peers = list(dict.fromkeys(peer for r in searches for peer in r["tokens_per_second"]))
+    width = 0.8 / len(peers)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     for axis, model in zip(axes, ("bundled", "S"), strict=True):
         mine = [r for r in searches if r["model"] == model]
@@ -244,7 +205,7 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
             there = [(x, r["tokens_per_second"][peer]["median"]) for x, r in enumerate(mine) if peer in r["tokens_per_second"]]
             if there:
                 x, y = zip(*there, strict=True)
-                bars = axis.bar([v + (i - (len(peers) - 1) / 2) * 0.27 for v in x], y, 0.25, label=peer)
+                bars = axis.bar([v + (i - (len(peers) - 1) / 2) * width for v in x], y, 0.93 * width, label=peer)
                 axis.bar_label(bars, fmt="%.0f", fontsize=8)
         axis.set_xticks(range(len(mine)), [f"batch {r['batch']}\n{r['beams']} beams" for r in mine])
         axis.set_title({"bundled": "bundled model, 5 M", "S": "random Llama S, 100 M"}[model])

@@ -1,18 +1,26 @@
-"""Decode tokens per second beside each model's own `generate`, in the same run on the same weights and tokens."""
+"""Decode and prefill beside other engines, in the same run, on the same weights and tokens: random models of 100 M parameters (S) and
+0.5 B (M), with weights in every format; the bundled model; and the origin model beside its own decoding.
+
+Rates are tokens per second of the whole batch after each sequence's first token, greedy, or of the best sequence of a beam search. The
+limit is the larger of the time to read a step's weights, keys and values, and, in float32, of its multiply-adds.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Machine, interleaved, seconds_of, summary, table
+from measure import Machine, Setting, interleaved, rates, seconds_of, summary, table
 from models.origin_model import OriginConfig
 from models.origin_model import Transformer as OriginTransformer
+from ours import DTYPES, Engine
+from peers.remote import PeerError, Remote
+from random_models import SHAPES, random_llama, saved
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from transformers import AutoModelForCausalLM
 
 import engine
 from engine import Decoder
@@ -21,127 +29,308 @@ from engine.kv_cache import block_bytes
 
 PROMPT = 128
 CACHE_BYTES = 64 << 20  # more than any cache of the machines this runs on holds
+BUNDLED = Path(engine.__file__).parent / "bundled" / "target"
+# A column group of the table -> the weight formats that compete in it, and the bytes of a weight (int4: with a 16-bit scale for every 32).
+GROUPS = {"fp32": ("fp32",), "16-bit": ("bf16", "fp16"), "int8": ("int8",), "int4": ("int4",)}
+BYTES = {"fp32": 4.0, "16-bit": 2.0, "int8": 1.0, "int4": 0.5625}
 
 
-class Clock(StoppingCriteria):
-    """Notes when transformers has drawn each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+@dataclass(frozen=True)
+class Case:
+    name: str
+    batch: int
+    beams: int = 1
+    prefill: int = 0  # tokens of a prompt that is only computed
 
 
-def transformers_rate(model: Any, prompts: torch.Tensor, new: int) -> Callable[[], float]:
-    """Tokens per second after the first token, whole batch."""
+B1, B8, B32 = (Case(f"b{batch}", batch) for batch in (1, 8, 32))
+BEAMS = (Case("beams 4, b1", 1, 4), Case("beams 4, b4", 4, 4))
+PREFILL = Case("prefill 512", 1, prefill=512)
+CASES = {"fp32": (B1, B8, B32, *BEAMS, PREFILL), "16-bit": (B1, B8, B32, PREFILL), "int8": (B1, B8, B32, PREFILL), "int4": (B1, B8)}
+# Group -> case -> how many times the best peer of the group.
+AIMS = {
+    "fp32": {"b1": 1.0, "b8": 1.25, "b32": 1.25, "beams 4, b1": 1.3, "beams 4, b4": 2.0, "prefill 512": 1.0},
+    "16-bit": {"b1": 1.05, "b8": 1.7, "prefill 512": 1.0},
+    "int8": {"b1": 1.3, "b8": 1.5, "b32": 1.2, "prefill 512": 0.9},
+    "int4": {"b1": 1.05, "b8": 1.2},
+}
 
-    def run() -> float:
-        clock = Clock()
-        model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-            pad_token_id=0, stopping_criteria=[clock],
+
+def run(setting: Setting) -> dict[str, Any]:
+    machine, quick, peers = setting.machine, setting.quick, setting.peers
+    cells: list[dict[str, Any]] = []
+    for shape in ("S",) if quick else ("S", "M"):
+        for group in GROUPS:
+            # The quick run has the peers for float32 alone: loading them takes most of the time.
+            cells += measure_group(machine, shape, group, peers if group == "fp32" or not quick else [], quick)
+        shape_tables([cell for cell in cells if cell["model"] == shape], shape)
+    return {"cells": cells, "aims": aims(cells), "bundled": bundled(setting), "origin": origin(quick)}
+
+
+# ---- the random models ----
+
+
+def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote], quick: bool) -> list[dict[str, Any]]:
+    """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each."""
+    cases = CASES[group][:2] if quick else CASES[group]
+    new, rounds = (32, 2) if quick else (128 if shape == "S" else 32, 3)
+    contenders: dict[str, Any] = {}
+    formats: dict[str, str] = {}
+    tokens_of_cache = max(c.batch * c.beams * (PROMPT + new + 16) + c.prefill for c in cases) + 64
+    for dtype in GROUPS[group]:
+        if dtype in DTYPES:
+            name = "ours" if dtype != "fp16" else "ours, fp16"
+            contenders[name] = Engine(random_llama(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache)
+            formats[name] = dtype
+    more: list[Remote] = []  # a process has one model, and a peer may have two formats
+    for peer in peers:
+        for i, dtype in enumerate(dtype for dtype in GROUPS[group] if dtype in peer.dtypes):
+            name = f"{peer.name}, {dtype}" if i else peer.name
+            try:
+                if i:
+                    more.append(peer.another())
+                loaded = more[-1] if i else peer
+                loaded.load(saved(shape), dtype)
+            except PeerError as error:
+                tqdm.write(f"left out: {error}")
+                continue
+            contenders[name], formats[name] = loaded, dtype
+    entries: list[dict[str, Any]] = []
+    with tqdm(total=len(cases) * rounds * len(contenders), desc=f"decode, {shape} {group}", disable=None, leave=False) as progress:
+        for case in cases:
+            entries += measure_case(machine, shape, group, case, contenders, formats, new, rounds, progress)
+    for peer in more:
+        peer.close()
+    return entries
+
+
+def measure_case(
+    machine: Machine, shape: str, group: str, case: Case, contenders: dict[str, Any], formats: dict[str, str], new: int, rounds: int,
+    progress: tqdm,
+) -> list[dict[str, Any]]:  # fmt: skip
+    prompts = random_prompts(shape, case.batch, case.prefill or PROMPT)
+    tokens: dict[str, list[list[int]]] = {}
+
+    def timed(name: str, contender: Any) -> Callable[[], float]:
+        def prefill() -> float:
+            return contender.prefill(prompts[0])
+
+        def decode() -> float:
+            timing = contender.decode(prompts, new, case.beams)
+            tokens[name] = timing.tokens
+            return timing.seconds
+
+        return prefill if case.prefill else decode
+
+    able = {name: c for name, c in contenders.items() if case.beams == 1 or getattr(c, "beams", True)}
+
+    def warm(contender: Any) -> Callable[[], float]:
+        return lambda: contender.prefill(prompts[0]) if case.prefill else contender.decode(prompts, 3, case.beams).seconds
+
+    interleaved({name: warm(c) for name, c in able.items()}, 1)  # the first call of each shape pays for what later ones find warm
+    times = interleaved({name: timed(name, contender) for name, contender in able.items()}, rounds, progress)
+    progress.update((len(contenders) - len(able)) * rounds)
+    work = case.prefill or case.batch * (new - 1)
+    limit = limit_rate(machine, shape, group, case, new)
+    reference = tokens.get("transformers") or tokens.get("ours")
+    entries = []
+    for name, seconds in times.items():
+        rate = rates(seconds, work)
+        entries.append(
+            {
+                "model": shape, "weights": group, "case": case.name, "contender": name, "format": formats[name],
+                "tokens_per_second": rate, "limit": limit, "limit_share": rate["median"] / limit if limit else None,
+                "agreement": agreement(tokens[name], reference) if reference else None,
+            }
         )  # fmt: skip
-        return prompts.shape[0] * (new - 1) / (clock.times[-1] - clock.times[0])
-
-    return run
+    return entries
 
 
-def engine_rate(decoder: Decoder, prompts: torch.Tensor, new: int) -> Callable[[], float]:
-    def run() -> float:
-        outputs = decoder.generate(prompts, max_new_tokens=new, ignore_eos=True)
-        first = max(o.metrics.time_to_first_token or 0.0 for o in outputs)
-        last = max(o.metrics.total_time for o in outputs)
-        return len(outputs) * (new - 1) / (last - first)
-
-    return run
+def random_prompts(shape: str, batch: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, SHAPES[shape]["vocab_size"], (batch, length), generator=generator).tolist()
 
 
-def step_bytes(decoder: Decoder, batch: int, context: float) -> float:
-    """Bytes a decode step must read: the weights once, and each sequence's keys and values."""
-    c = decoder.config
-    return decoder.model.bytes_per_step + batch * context * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, decoder.cache.dtype)
+def agreement(tokens: list[list[int]], reference: list[list[int]]) -> float:
+    """How much of the sequences is the reference's, up to the first token of each that is not."""
+    same = 0
+    for mine, its in zip(tokens, reference, strict=True):
+        same += next((i for i, (a, b) in enumerate(zip(mine, its, strict=True)) if a != b), len(its))
+    return same / sum(map(len, reference))
 
 
-def shape_s(dtype: torch.dtype) -> LlamaForCausalLM:
-    """The random 100 M model: hidden 768, 12 layers, 12 heads, 4 KV heads, FFN 2048, vocabulary 32000, tied."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-        max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().to(dtype)
+def limit_rate(machine: Machine, shape: str, group: str, case: Case, new: int) -> float | None:
+    """Tokens per second that the machine's limits allow; None where only a rate of multiply-adds that is not measured limits."""
+    s = SHAPES[shape]
+    head_dim = s["hidden_size"] // s["num_attention_heads"]
+    kv_width = head_dim * s["num_key_value_heads"]
+    layer = s["hidden_size"] * (2 * s["hidden_size"] + 2 * kv_width + 3 * s["intermediate_size"])
+    weights = s["num_hidden_layers"] * layer
+    head = s["vocab_size"] * s["hidden_size"]
+    if case.prefill:
+        return None if group != "fp32" else case.prefill / machine.seconds(0, 2 * (case.prefill * weights + head))
+    rows = case.batch * case.beams
+    cached = rows * (PROMPT + new / 2) * 2 * s["num_hidden_layers"] * kv_width * min(BYTES[group], 4) if group in ("fp32", "16-bit") else 0
+    operations = 2 * rows * (weights + head) if group == "fp32" else 0
+    return case.batch / machine.seconds((weights + head) * BYTES[group] + cached, operations)
 
 
-def run(machine: Machine, quick: bool) -> dict[str, Any]:
-    new = 32 if quick else 128
-    rounds = 1 if quick else 2
-    bundled = AutoModelForCausalLM.from_pretrained(Path(engine.__file__).parent / "bundled" / "target", dtype=torch.float32).eval()
-    models: list[tuple[str, Callable[[], Any], tuple[int, ...]]] = [
-        ("bundled float32", lambda: bundled, (1, 8)),
-        ("bundled bfloat16", lambda: bundled.to(torch.bfloat16), (1, 8)),
-        ("S float32", lambda: shape_s(torch.float32), (1, 8) if quick else (1, 8, 32)),
-        ("S bfloat16", lambda: shape_s(torch.bfloat16), (1, 8)),
-    ]
-    results = []
-    with tqdm(total=2 * rounds * sum(len(batches) for *_, batches in models), desc="decode", disable=None, leave=False) as progress:
-        for name, make, batches in models:
-            model = make()
-            decoder = Decoder(model, cache_tokens=(PROMPT + new + 16) * max(batches), max_batch_tokens=512)
-            for batch in batches:
-                torch.manual_seed(1)
-                prompts = torch.randint(3, decoder.config.vocab_size, (batch, PROMPT))
-                contenders = {"ours": engine_rate(decoder, prompts, new), "transformers": transformers_rate(model, prompts, new)}
-                rates = interleaved(contenders, rounds, progress)
-                ours, theirs = summary(rates["ours"]), summary(rates["transformers"])
-                needed = step_bytes(decoder, batch, PROMPT + new / 2)
-                # What fits a cache is held against reading as many bytes from that cache.
-                bandwidth = limits.read_bandwidth(int(needed)) if needed < CACHE_BYTES else machine.read_bandwidth
-                results.append(
-                    {
-                        "model": name, "batch": batch, "tokens_per_second": ours, "transformers_tokens_per_second": theirs,
-                        "ratio": ours["median"] / theirs["median"], "step_bytes": needed,
-                        "bandwidth_share": needed * ours["median"] / batch / bandwidth,
-                    }
-                )  # fmt: skip
-    table(
-        f"decode: tokens/s, prompt {PROMPT}, {new} new tokens, greedy",
-        ["model", "batch", "tokens/s", "of read limit", "transformers", "ratio"],
-        [
+def shape_tables(cells: list[dict[str, Any]], shape: str) -> None:
+    """Of one model: every contender's rate, and how many times that of each peer ours is."""
+    columns = list(dict.fromkeys((cell["weights"], cell["case"]) for cell in cells))
+    names = list(dict.fromkeys(cell["contender"] for cell in cells))
+    found = {(cell["weights"], cell["case"], cell["contender"]): cell for cell in cells}
+    heads = [f"{group} {case}" for group, case in columns]
+
+    def line(name: str, show: Callable[[dict[str, Any], dict[str, Any]], str]) -> list[str]:
+        cells = [(found.get((*column, name)), found.get((*column, "ours"))) for column in columns]
+        return [name, *(show(cell, mine) if cell and mine else "-" for cell, mine in cells)]
+
+    def rate(cell: dict[str, Any], mine: dict[str, Any]) -> str:
+        share = f" {cell['limit_share']:.0%}" if cell["limit_share"] else ""
+        return f"{cell['tokens_per_second']['median']:.0f}{share}"
+
+    def ratio(cell: dict[str, Any], mine: dict[str, Any]) -> str:
+        return f"{mine['tokens_per_second']['median'] / cell['tokens_per_second']['median']:.2f}"
+
+    title = f"random Llama {shape}, prompt {PROMPT}"
+    table(f"{title}: tokens/s, and share of the limit", ["", *heads], [line(name, rate) for name in names])
+    peers = [name for name in names if not name.startswith("ours")]
+    if peers:
+        table(f"{title}: ours / peer", ["", *heads], [line(name, ratio) for name in peers])
+    whole = [(c["contender"], c["agreement"]) for c in cells if c["weights"] == "fp32" and c["case"] == "b8" and c["agreement"] is not None]
+    print("  tokens as transformers', fp32 b8: " + ", ".join(f"{name} {share:.0%}" for name, share in whole))
+
+
+def aims(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each aim with what the run reached: ours over the best peer."""
+    judged = []
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        for group, bounds in AIMS.items():
+            for case, bound in bounds.items():
+                here = {
+                    c["contender"]: c["tokens_per_second"]["median"]
+                    for c in cells
+                    if (c["model"], c["weights"], c["case"]) == (model, group, case)
+                }
+                mine = max((rate for name, rate in here.items() if name.startswith("ours")), default=None)
+                theirs = {name: rate for name, rate in here.items() if not name.startswith("ours")}
+                if mine is None or not theirs:
+                    continue
+                best = max(theirs, key=lambda name: theirs[name])
+                value = mine / theirs[best]
+                judged.append(
+                    {"model": model, "weights": group, "case": case, "peer": best, "bound": bound, "reached": value, "met": value >= bound}
+                )
+    if judged:
+        table(
+            "aims: ours / the best peer",
+            ["", "best peer", "aim", "reached", ""],
             [
-                r["model"],
-                str(r["batch"]),
-                f"{r['tokens_per_second']['median']:.1f}",
-                f"{r['bandwidth_share']:.0%}",
-                f"{r['transformers_tokens_per_second']['median']:.1f}",
-                f"{r['ratio']:.2f}",
-            ]
+                [
+                    f"{a['model']} {a['weights']} {a['case']}", a["peer"], f">= {a['bound']:g}", f"{a['reached']:.2f}",
+                    "yes" if a["met"] else "no",
+                ]
+                for a in judged
+            ],
+        )  # fmt: skip
+    return judged
+
+
+# ---- the bundled model, the origin model ----
+
+
+def bundled(setting: Setting) -> list[dict[str, Any]]:
+    """5 M parameters, which fit a cache: held against reading as many bytes from that cache; beside transformers where it takes part."""
+    new, rounds = (64, 2) if setting.quick else (128, 3)
+    peer = next((peer for peer in setting.peers if peer.name == "transformers"), None)
+    results = []
+    for dtype in ("fp32", "bf16"):
+        model = AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+        ours = Engine(model, dtype, max_batch=8, cache_tokens=8 * (PROMPT + new + 16))
+        contenders: dict[str, Any] = {"ours": ours}
+        if peer is not None:
+            peer.load(BUNDLED, dtype)
+            contenders["transformers"] = peer
+        c = ours.decoder.config
+        for batch in (1, 8):
+            prompts = torch.randint(3, c.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
+            for contender in contenders.values():
+                contender.decode(prompts, 3)
+            times = interleaved({n: lambda who=who: who.decode(prompts, new).seconds for n, who in contenders.items()}, rounds)  # noqa: B023
+            cached = batch * (PROMPT + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.cache.dtype)
+            needed = ours.decoder.model.bytes_per_step + cached
+            bandwidth = limits.read_bandwidth(int(needed)) if needed < CACHE_BYTES else setting.machine.read_bandwidth
+            rate = {name: rates(seconds, batch * (new - 1)) for name, seconds in times.items()}
+            entry = {"dtype": dtype, "batch": batch, "tokens_per_second": rate, "limit": batch * bandwidth / needed}
+            if "transformers" in rate:
+                entry["ratio"] = rate["ours"]["median"] / rate["transformers"]["median"]
+            results.append(entry)
+    table(
+        f"bundled model, prompt {PROMPT}",
+        ["", "tokens/s", "of read limit", "x transformers"],
+        [
+            [f"{r['dtype']} b{r['batch']}", f"{rate:.0f}", f"{rate / r['limit']:.0%}", f"{r['ratio']:.1f}" if "ratio" in r else "-"]
             for r in results
+            for rate in (r["tokens_per_second"]["ours"]["median"],)
         ],
     )
-    return {"transformers": results, "origin": origin(rounds, quick)}
+    return results
 
 
-def origin(rounds: int, quick: bool) -> dict[str, Any]:
+def origin(quick: bool) -> dict[str, Any]:
     """The origin model in its published 215 M shape against its own `generate_super`, which rereads the whole sequence for each token."""
     torch.manual_seed(0)
     model = OriginTransformer(OriginConfig(dim=1024, n_layers=18)).eval()
     decoder = Decoder(model, cache_tokens=512)
     ids = torch.randint(3, 6144, (1, 64))
-    new = 8 if quick else 64
-    # Its own "greedy" draws at temperature 1; below 0.1 it takes the best, as it documents.
-    theirs = lambda: new / seconds_of(lambda: model.generate_super(ids, max_new_tokens=new, temperature=0.05))  # noqa: E731
-    ours = lambda: new / seconds_of(lambda: decoder.generate_super(ids, max_new_tokens=new))  # noqa: E731
-    rates = interleaved({"ours": ours, "origin": theirs}, rounds)
-    result = {"tokens_per_second": summary(rates["ours"]), "origin_tokens_per_second": summary(rates["origin"])}
-    result["ratio"] = result["tokens_per_second"]["median"] / result["origin_tokens_per_second"]["median"]  # type: ignore[assignment]
+    new = 4 if quick else 64
+    contenders = {
+        "ours": lambda: new / seconds_of(lambda: decoder.generate_super(ids, max_new_tokens=new)),
+        # Its own "greedy" draws at temperature 1; below 0.1 it takes the best, as it documents.
+        "its generate_super": lambda: new / seconds_of(lambda: model.generate_super(ids, max_new_tokens=new, temperature=0.05)),
+    }
+    rate = {name: summary(values) for name, values in interleaved(contenders, 1 if quick else 2).items()}
+    ratio = rate["ours"]["median"] / rate["its generate_super"]["median"]
     table(
         f"origin model, 215 M float32, prompt 64, {new} new tokens, prefill included",
-        ["", "tokens/s", "ratio"],
-        [
-            ["ours", f"{result['tokens_per_second']['median']:.2f}", f"{result['ratio']:.1f}"],
-            ["its generate_super", f"{result['origin_tokens_per_second']['median']:.2f}", "1"],
-        ],
+        ["", "tokens/s", "ours / its"],
+        [[name, f"{rate[name]['median']:.2f}", "" if name == "ours" else f"{ratio:.1f}"] for name in contenders],
     )
-    return result
+    return {"tokens_per_second": rate, "ratio": ratio}
+
+
+# ---- plot ----
+
+
+def plot(results: dict[str, Any], out: Path) -> list[Path]:
+    """One figure for each random model: every contender's tokens/s in every case, with the limit."""
+    import matplotlib.pyplot as plt
+
+    files = []
+    for shape in dict.fromkeys(cell["model"] for cell in results["cells"]):
+        cells = [cell for cell in results["cells"] if cell["model"] == shape]
+        groups = [group for group in GROUPS if any(cell["weights"] == group for cell in cells)]
+        figure, axes = plt.subplots(len(groups), 1, figsize=(11, 2.8 * len(groups)), constrained_layout=True, squeeze=False)
+        names = list(dict.fromkeys(cell["contender"] for cell in cells))
+        for axis, group in zip(axes[:, 0], groups, strict=True):
+            here = [cell for cell in cells if cell["weights"] == group]
+            cases = list(dict.fromkeys(cell["case"] for cell in here))
+            width = 0.85 / len(names)
+            for i, name in enumerate(names):
+                mine = [cell for cell in here if cell["contender"] == name]
+                x = [cases.index(cell["case"]) + (i - (len(names) - 1) / 2) * width for cell in mine]
+                bars = axis.bar(x, [cell["tokens_per_second"]["median"] for cell in mine], width, label=name, color=f"C{i}")
+                axis.bar_label(bars, fmt="%.0f", fontsize=6)
+            for i, case in enumerate(cases):
+                if limit := next(cell["limit"] for cell in here if cell["case"] == case):
+                    axis.hlines(limit, i - 0.45, i + 0.45, color="black", lw=1, ls=":", label="limit" if i == 0 else None)
+            axis.set_xticks(range(len(cases)), cases)
+            axis.set_yscale("log")
+            axis.set_ylabel(f"{group}: tokens/s")
+        axes[0, 0].legend(fontsize=7, ncols=4)
+        figure.suptitle(f"Random Llama {shape}, prompt {PROMPT}")
+        files.append(out.with_name(f"{out.stem}-decode-{shape}.png"))
+        figure.savefig(files[-1], dpi=120)
+        plt.close(figure)
+    return files

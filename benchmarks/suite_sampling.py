@@ -17,7 +17,7 @@ from typing import Any
 
 import samplers
 import torch
-from measure import Machine, interleaved, seconds_of, summary, table
+from measure import Setting, interleaved, seconds_of, summary, table
 from samplers import Controls
 from torch import Tensor
 from tqdm import tqdm
@@ -148,8 +148,8 @@ def extras(rows: int, vocab: int, device: torch.device) -> dict[str, tuple[Contr
     }
 
 
-def run(machine: Machine, quick: bool, device_name: str = "cpu") -> dict[str, Any]:
-    device = torch.device(device_name)
+def run(setting: Setting) -> dict[str, Any]:
+    quick, device = setting.quick, torch.device(setting.device)
     rounds, slow_rounds = (3, 1) if quick else (7, 3)
     cells = [
         (kind, dtype, vocab, rows)
@@ -189,7 +189,7 @@ def run(machine: Machine, quick: bool, device_name: str = "cpu") -> dict[str, An
     _tables(results, more)
     aims = reached(results)
     _aims_table(aims)
-    return {"device": device_name, "peers": _versions(), "cases": results, "extras": more, "aims": aims}
+    return {"device": setting.device, "peers": _versions(), "cases": results, "extras": more, "aims": aims}
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from bundled_corpus import read_sources
 from constructed import copier, widened
 from contenders import Ours, Transformers, compete
-from measure import Machine, table
+from measure import Setting, table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import engine
@@ -36,7 +36,8 @@ DRAFTED = (1, 2, 4, 6, 8, 12, 16, 32)  # fixed lengths of drafts
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 64)
 
 
-def run(machine: Machine, quick: bool) -> dict[str, Any]:
+def run(setting: Setting) -> dict[str, Any]:
+    quick = setting.quick
     texts = Texts()
     models = Models(texts)
     results: dict[str, Any] = {"function": models.check(texts), "cost": cost(models, quick)}

@@ -22,6 +22,7 @@ from .decoder import Decoder
 from .drafters.lookup import PromptLookup, SuffixLookup
 from .kernels import cpu, limits
 from .kv_cache import block_bytes
+from .models.weights import WEIGHTS
 from .outputs import RequestOutput
 from .params import BeamParams, SamplingParams
 
@@ -76,6 +77,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help="a Hugging Face folder or an origin checkpoint; default: the bundled model")
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or its folder; default: the model's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the weights; default: as stored")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="how matrices are kept: read in place, packed, or packed and quantised; default: packed"
+    )
     parser.add_argument("--kernels", default="auto", choices=("auto", *kernels_module.BACKENDS), help="which backend computes")
 
 
@@ -154,7 +158,7 @@ def _file_or_text(value: str) -> str:
 
 
 def _decoder(arguments: argparse.Namespace) -> Decoder:
-    options: dict[str, Any] = {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels}
+    options: dict[str, Any] = {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels, "weights": arguments.weights}
     if arguments.dtype:
         options["dtype"] = getattr(torch, arguments.dtype)
     if arguments.draft:

@@ -5,9 +5,9 @@
 * float32, float16: ``[P, K, 32]``, ``data[p, k, i] = w(p, i)[k]``.
 * bfloat16: ``[P, ceil(K / 2), 32, 2]``, ``data[p, j, i, h] = w(p, i)[2 j + h]``: two neighbours along K make one 32-bit word.
 * int8: uint8 ``[P, ceil(K / 4), 32, 4]``, ``data[p, j, i, h] = q + 128`` with ``W[n, k] ~ scale[n] * q``, q from -127 to 127.
-* int4: uint8 ``[P, G, 576]`` for G = ceil(K / 32) groups of 32 along K. First 512 bytes ``[2, 4, 16, 4]``: byte ``[h, j, i, b]`` holds outputs
-  ``16 h + i``, low nibble ``q + 8`` at k = 32 g + 4 j + b, high nibble at 16 further. Then 32 float16 scales, one per output:
-  ``W[n, k] ~ scale * q``, q from -8 to 7. Scales travel with their group, so that a step reads one stream.
+* int4: uint8 ``[P, G, 576]`` for G = ceil(K / 32) groups of 32 along K. First 512 bytes ``[2, 4, 16, 4]``: byte ``[h, j, i, b]`` belongs to
+  output ``16 h + i``; its low nibble is ``q + 8`` at k = 32 g + 4 j + b, its high nibble that at 16 further. Then 32 float16 scales, one per
+  output: ``W[n, k] ~ scale * q``, q from -8 to 7. Scales travel with their group, so that a step reads one stream.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class PackedWeight:
 def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
     """Pack ``weight [N, K]`` (fp32, bf16 or fp16) as it is, or as "int8" or "int4".
 
-    int8: per output, symmetric, ``scale = max|w| / 127``, rounded to nearest even. int4: per output and group of 32 along K; the value
-    largest in size becomes -8 or the nearest to it, ``scale = float16(-extreme / 8)``, the others are rounded to nearest even of what that scale
-    leaves, within -8 to 7. Weights that are not finite raise ``ValueError`` there.
+    int8: per output, symmetric, ``scale = max|w| / 127``, rounded to nearest even. int4: per output and group of 32 along K, with
+    ``scale = float16(-extreme / 8)`` for the value largest in size, which so becomes -8; rounded to nearest even, within -8 to 7. Weights
+    that are not finite raise ``ValueError`` in both.
     """
     if weight.dtype not in FLOAT_FORMATS or weight.dim() != 2:
         raise TypeError(f"weight must be [N, K] of float32, bfloat16 or float16, got {weight.dtype} {tuple(weight.shape)}")

@@ -26,9 +26,11 @@ DTYPES = ("fp32", "bf16", "fp16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of ``decode``. ``seconds``: from the first new token (of all sequences) to the last. ``tokens [batch][new_tokens]``."""
+    """One call of ``decode``: ``seconds`` from the first new token (of all sequences) to the last, ``total_seconds`` of the whole call, the
+    prompts included, and the new ``tokens [batch][new_tokens]``."""
 
     seconds: float
+    total_seconds: float
     tokens: list[list[int]]
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import Timing, converted, missing, version_of
+from peers import Timing, converted, missing
 
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8_float32"}
 
@@ -29,7 +29,9 @@ class Adapter:
         return missing("ctranslate2", "transformers", "torch")  # the last two for its converter
 
     def version(self) -> str:
-        return version_of("ctranslate2")
+        import ctranslate2
+
+        return ctranslate2.__version__
 
     def load(self, folder: Path, dtype: str, num_threads: int) -> None:
         import ctranslate2
@@ -49,17 +51,17 @@ class Adapter:
         if num_beams > 1:
             whole, tokens = self._generate(prompts, new_tokens, num_beams)
             first, _ = self._generate(prompts, 1, num_beams)
-            return Timing(whole - first, tokens)
+            return Timing(whole - first, whole, tokens)
         times: list[tuple[int, float]] = []
 
         def clock(result: Any) -> bool:
             times.append((result.step, time.perf_counter()))
             return False
 
-        _, tokens = self._generate(prompts, new_tokens, 1, callback=clock)
+        whole, tokens = self._generate(prompts, new_tokens, 1, callback=clock)
         first_step = min(step for step, _ in times)
         start = max(at for step, at in times if step == first_step)
-        return Timing(times[-1][1] - start, tokens)
+        return Timing(times[-1][1] - start, whole, tokens)
 
     def prefill(self, tokens: list[int]) -> float:
         return self._generate([tokens], 1, 1)[0]

@@ -61,13 +61,15 @@ class Adapter:
         assert num_beams == 1
         length = len(prompts[0])
         self._fit(len(prompts), length + new_tokens)
+        begin = time.perf_counter()
         tokens = [[self._prompt(i, prompt)] for i, prompt in enumerate(prompts)]
         start = time.perf_counter()
         for step in range(new_tokens - 1):
             rows = self._step((i, length + step, ids[-1], True) for i, ids in enumerate(tokens))
             for ids, row in zip(tokens, rows, strict=True):
                 ids.append(row)
-        return Timing(time.perf_counter() - start, tokens)
+        end = time.perf_counter()
+        return Timing(end - start, end - begin, tokens)
 
     def prefill(self, tokens: list[int]) -> float:
         self._fit(1, len(tokens) + 1)

@@ -38,6 +38,7 @@ class Adapter:
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:
         length = len(prompts[0]) + new_tokens
+        begin = time.perf_counter()
         generator = self._generator(len(prompts), length, num_beams)
         generator.append_tokens(self._array(prompts))
         generator.generate_next_token()
@@ -45,11 +46,11 @@ class Adapter:
         while not generator.is_done():
             generator.generate_next_token()
             steps += 1
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         if steps != new_tokens:
             raise RuntimeError(f"onnxruntime-genai took {steps} steps for {new_tokens} tokens")
         found = [generator.get_sequence(i * num_beams if num_beams > 1 else i) for i in range(len(prompts))]
-        return Timing(seconds, [sequence[len(prompts[0]) :].tolist() for sequence in found])
+        return Timing(end - start, end - begin, [sequence[len(prompts[0]) :].tolist() for sequence in found])
 
     def prefill(self, tokens: list[int]) -> float:
         generator = self._generator(1, len(tokens) + 1, 1)

@@ -28,7 +28,7 @@ class Remote:
         python = os.environ.get(f"ENGINE_PEERS_{name.upper()}", sys.executable)
         paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(num_threads)}
-        self._log = tempfile.TemporaryFile("w+", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 [python, "-m", "peers.worker", name], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,6 +50,10 @@ class Remote:
 
     def prefill(self, tokens: list[int]) -> float:
         return self._ask(do="prefill", tokens=tokens)
+
+    def another(self) -> Remote:
+        """A second process of the same peer, for a second model."""
+        return Remote(self.name, self._num_threads)
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

@@ -9,6 +9,23 @@ from typing import Any
 from peers import Timing, missing, version_of
 
 
+def make_clock() -> Any:
+    """A stopping criterion that stops nothing, and notes in ``marks`` when there are how many tokens, prompt included. transformers asks it
+    once for each forward."""
+    import torch
+    from transformers import StoppingCriteria
+
+    class Clock(StoppingCriteria):
+        def __init__(self) -> None:
+            self.marks: list[tuple[float, int]] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+            self.marks.append((time.perf_counter(), input_ids.shape[1]))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    return Clock()
+
+
 class Adapter:
     name = "transformers"
     dtypes: tuple[str, ...] = ("fp32", "bf16", "int8")
@@ -35,23 +52,15 @@ class Adapter:
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:
         import torch
-        from transformers import StoppingCriteria
 
-        times: list[float] = []
-
-        class Clock(StoppingCriteria):
-            """Asked after each token."""
-
-            def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
-                times.append(time.perf_counter())
-                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
-
+        clock = make_clock()
+        begin = time.perf_counter()
         ids = torch.tensor(prompts)
         out = self._model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, num_beams=num_beams, do_sample=False, pad_token_id=0,
-            stopping_criteria=[Clock()],
+            stopping_criteria=[clock],
         )  # fmt: skip
-        return Timing(times[-1] - times[0], out[:, ids.shape[1] :].tolist())
+        return Timing(clock.marks[-1][0] - clock.marks[0][0], time.perf_counter() - begin, out[:, ids.shape[1] :].tolist())
 
     def prefill(self, tokens: list[int]) -> float:
         import torch

@@ -78,17 +78,19 @@ class DraftModel:
     Args:
         model: as of ``Decoder``: a live model or a path.
         width: alternatives at each place: 1 drafts chains, more trees, of which more holds and which take more rows to verify.
-        dtype, kernels: likewise.
+        dtype, weights, kernels: likewise.
 
     It serves one decoder, which calls ``bind``.
     """
 
-    def __init__(self, model: Any, *, width: int = 1, dtype: torch.dtype | None = None, kernels: str = "auto") -> None:
+    def __init__(
+        self, model: Any, *, width: int = 1, dtype: torch.dtype | None = None, weights: str | None = None, kernels: str = "auto"
+    ) -> None:
         check_int("width", width, 1, MAX_DRAFT)
         self.width = width
         self.nodes = 1 if width == 1 else 2  # drafted at each depth, about: the least likely alternatives stay out
         self.ops = kernels_module.select("cpu", kernels)
-        loaded = load(model, ops=self.ops, dtype=dtype)
+        loaded = load(model, ops=self.ops, dtype=dtype, weights=weights)
         self.model, self.config, self.name = loaded.model, loaded.config, loaded.name
         self._tokenizer = None if loaded.tokenizer_path is None else Tokenizer(loaded.tokenizer_path)
         self.costs = Costs()  # of one depth, by the requests that are drafted for

@@ -19,7 +19,7 @@ from .config import ModelConfig
 from .families import FAMILIES, find_family
 from .readers import read_token_id, read_token_ids, weight_dtype
 from .transformer import Transformer
-from .weights import Assembler, Names, clean_name
+from .weights import WEIGHTS, Assembler, Names, clean_name
 
 logger = logging.getLogger("engine.models")
 
@@ -41,6 +41,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     max_position: int | None = None,
     origin_config: Any = None,
+    weights: str | None = None,
 ) -> LoadedModel:
     """Make a Transformer of a model.
 
@@ -58,6 +59,14 @@ def load(
         max_position: shorten the RoPE tables, and so the longest sequence; default: the model's own.
         origin_config: for a bare origin checkpoint, what its shapes do not tell (``n_heads``, ``max_seq_len``, ``norm_eps``), as a
             mapping or the origin's config object.
+        weights: how matrices are kept:
+
+            * "shared": read where they lie, in the live model or the mapped file;
+            * "packed": an own copy in the order in which the C++ kernels stream them, which makes batches cheaper;
+            * "int8", "int4": packed and quantised, per output channel and per group of 32 inputs (``kernels.pack``).
+
+            Default: "shared" for a live model, and where the C++ kernels cannot run; else "packed". A mapped file is read once for it and
+            its memory given back; a live model's own tensors stay alive beside the copy for as long as their owner keeps them.
 
     Raises:
         ValueError: a model, config, dtype or checkpoint that is not supported or contradicts itself, by name.
@@ -65,6 +74,8 @@ def load(
         TypeError: a source of another kind.
     """
     target = None if dtype is None else weight_dtype("dtype", dtype)
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r}; it must be None or one of {', '.join(WEIGHTS)}")
     tokenizer_path: Path | None = None
     if isinstance(source, nn.Module):
         config, names, tensors, name = _live(source)
@@ -86,9 +97,13 @@ def load(
         if not 1 <= max_position <= config.max_position:
             raise ValueError(f"max_position is {max_position}; it must lie between 1 and the model's {config.max_position}")
         config = replace(config, max_position=max_position)
-    weights = Assembler(config, names, tensors, name, target).build()
-    config = replace(config, tied_head=weights.head is weights.embedding, dtype=weights.embedding.dtype)
-    return LoadedModel(Transformer(config, weights, ops or select("cpu")), config, tokenizer_path, name)
+    ops = ops or select("cpu")
+    if weights is None:
+        weights = "shared" if isinstance(source, nn.Module) or ops.chosen["linear"] != "cpu" else "packed"
+    built = Assembler(config, names, tensors, name, target, weights).build()
+    stored = tensors[f"{names.embedding}.weight"].dtype
+    config = replace(config, tied_head=built.head is built.embedding, dtype=target or stored)
+    return LoadedModel(Transformer(config, built, ops), config, tokenizer_path, name)
 
 
 def _live(model: nn.Module) -> tuple[ModelConfig, Names, Mapping[str, Tensor], str]:

@@ -1,8 +1,8 @@
 """The one decoder-only transformer: every supported family is a ``ModelConfig`` of it.
 
 Pre-norm residual blocks (RMSNorm, Zhang and Sennrich 2019), rotary positions (Su et al. 2021), grouped-query attention (Ainslie et al.
-2023) over a paged cache, SwiGLU (Shazeer 2020). It is a plain class over the owner's tensors, not an ``nn.Module``: nothing is copied,
-so a change to a live model's weights is seen by the next step.
+2023) over a paged cache, SwiGLU (Shazeer 2020). It is a plain class over the owner's tensors, not an ``nn.Module``: with shared weights
+nothing is copied, and a change to a live model is seen by the next step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..kernels.registry import Ops
 from .batch import StepBatch
 from .config import ModelConfig
 from .rope import rope_tables
-from .weights import ModelWeights
+from .weights import Matrix, ModelWeights
 
 
 class Cache(Protocol):
@@ -32,7 +32,7 @@ class Transformer:
 
     Args:
         config: sizes and options.
-        weights: the tensors, ``[out, in]`` row-major, fp32, bf16 or fp16; read where they lie.
+        weights: the tensors; read where they lie.
         ops: the kernels (``engine.kernels.select``).
 
     Activations are float32 whatever the weights' dtype.
@@ -46,14 +46,14 @@ class Transformer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype (the embedding's, where they differ)."""
-        return self.weights.embedding.dtype
+        """The weights' dtype before any packing (the embedding's, where they differ)."""
+        return self.config.dtype
 
     @property
     def bytes_per_step(self) -> int:
         """Bytes of weights a step reads at least once: everything but the embedding table, of which it reads single rows."""
         weights = self.weights
-        tensors = [weights.final_norm, weights.head]
+        tensors: list[Matrix] = [weights.final_norm, weights.head]
         for layer in weights.layers:
             for part in vars(layer).values():
                 tensors += part if isinstance(part, tuple) else [] if part is None else [part]

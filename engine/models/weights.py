@@ -1,4 +1,4 @@
-"""The tensors of a Transformer in their owner's storage, and fitting a checkpoint's tensors to a config: names, shapes, dtypes."""
+"""The tensors of a Transformer, and fitting a checkpoint's tensors to a config: names, shapes, dtypes, packing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..kernels import PackedWeight, pack
 from .config import ModelConfig
 from .readers import WEIGHT_DTYPES
 
 logger = logging.getLogger("engine.models")
 
 SHOWN = 5  # tensor names listed per kind of mismatch
+# How matrices are kept: read where their owner has them, or as an own copy in the kernels' order, as they are or quantised.
+WEIGHTS = ("shared", "packed", "int8", "int4")
+
+Matrix = Tensor | PackedWeight  # [out, in]
 
 
 @dataclass(frozen=True)
@@ -24,27 +29,27 @@ class LayerWeights:
     """One layer. ``qkv`` and ``gate_up`` hold one matrix (a fused checkpoint) or one per part, in that order."""
 
     attention_norm: Tensor  # [H]
-    qkv: tuple[Tensor, ...]  # rows: num_heads * D, num_kv_heads * D, num_kv_heads * D
+    qkv: tuple[Matrix, ...]  # rows: num_heads * D, num_kv_heads * D, num_kv_heads * D
     qkv_bias: tuple[Tensor, ...] | None
-    out: tuple[Tensor, ...]  # one, [H, num_heads * D]
+    out: tuple[Matrix, ...]  # one, [H, num_heads * D]
     out_bias: tuple[Tensor, ...] | None
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
     ffn_norm: Tensor  # [H]
-    gate_up: tuple[Tensor, ...]  # rows: F, F
+    gate_up: tuple[Matrix, ...]  # rows: F, F
     gate_up_bias: tuple[Tensor, ...] | None
-    down: tuple[Tensor, ...]  # one, [H, F]
+    down: tuple[Matrix, ...]  # one, [H, F]
     down_bias: tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """All tensors of a model, row-major ``[out, in]``, fp32, bf16 or fp16. ``head is embedding`` where the head is tied."""
+    """All tensors of a model. ``head is embedding`` where the head is tied; an embedding of its own is never packed."""
 
-    embedding: Tensor  # [V, H]
+    embedding: Matrix  # [V, H]
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor  # [H]
-    head: Tensor  # [V, H]
+    head: Matrix  # [V, H]
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,14 @@ class Assembler:
         tensors: by clean name (``clean_name``); only looked up by name, so a lazy mapping reads nothing too early.
         where: words for messages, e.g. the path.
         dtype: convert every tensor to it, one at a time; None keeps each as it is, in its owner's storage.
+        weights: of ``WEIGHTS``, what becomes of the matrices.
     """
 
-    def __init__(self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype | None, weights: str
+    ) -> None:
         self._config, self._names, self._tensors, self._where, self._dtype = config, names, tensors, where, dtype
+        self._weights = weights
         self._progress: tqdm[object] | None = None
 
     def build(self) -> ModelWeights:
@@ -119,8 +128,10 @@ class Assembler:
         # Nothing is read yet from a memory-mapped file, so a bar appears only where a conversion takes its time.
         with tqdm(total=len(shapes), desc=f"loading {self._where}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
             embedding = self._weight(self._names.embedding)
+            head = self._head(embedding)
+            packed = self._pack(head, self._names.head)
             layers = tuple(self._layer(i) for i in range(self._config.num_layers))
-            return ModelWeights(embedding, layers, self._weight(self._names.final_norm), self._head(embedding))
+            return ModelWeights(packed if head is embedding else embedding, layers, self._weight(self._names.final_norm), packed)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name in shapes:
@@ -158,12 +169,12 @@ class Assembler:
     def _layer(self, i: int) -> LayerWeights:
         config, names = self._config, self._names
 
-        def weights(stems: tuple[str, ...]) -> tuple[Tensor, ...]:
-            parts = tuple(self._weight(stem.format(i=i)) for stem in stems)
-            if len({part.dtype for part in parts}) > 1:
-                found = ", ".join(f"{stem.format(i=i)} {part.dtype}" for stem, part in zip(stems, parts, strict=True))
+        def weights(stems: tuple[str, ...]) -> tuple[Matrix, ...]:
+            parts = [(stem.format(i=i), self._weight(stem.format(i=i))) for stem in stems]
+            if len({part.dtype for _, part in parts}) > 1:
+                found = ", ".join(f"{name} {part.dtype}" for name, part in parts)
                 raise ValueError(f"{self._where}: these must have one dtype: {found}; pass dtype= to convert them")
-            return parts
+            return tuple(self._pack(part, name) for name, part in parts)
 
         def biases(wanted: bool, stems: tuple[str, ...]) -> tuple[Tensor, ...] | None:
             return tuple(self._take(f"{stem.format(i=i)}.bias") for stem in stems) if wanted else None
@@ -196,6 +207,14 @@ class Assembler:
                 return embedding
             logger.warning("%s: its config ties the head to the embedding but the two tensors differ; both are used", self._where)
         return self._take(name)
+
+    def _pack(self, matrix: Tensor, stem: str) -> Matrix:
+        if self._weights == "shared":
+            return matrix
+        try:
+            return pack(matrix, None if self._weights == "packed" else self._weights)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {stem}: {error}") from None
 
     def _weight(self, stem: str) -> Tensor:
         return self._take(f"{stem}.weight")

@@ -13,6 +13,7 @@ from real_configs import VARIANTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engine.kernels import PackedWeight
 from engine.models import LoadedModel, load
 
 LLAMA = VARIANTS["llama-3.1-8b"]
@@ -20,12 +21,14 @@ TIED = VARIANTS["qwen2-0.5b"]
 
 
 def flat(loaded: LoadedModel) -> list[Tensor]:
-    """Every tensor of a loaded model, in one order."""
-    tensors: list[Tensor] = []
-    for layer in loaded.model.weights.layers:
+    """Every tensor of a loaded model, in one order; packed ones as they were."""
+    weights = loaded.model.weights
+    tensors: list[Tensor | PackedWeight] = []
+    for layer in weights.layers:
         for value in vars(layer).values():
             tensors += value if isinstance(value, tuple) else [] if value is None else [value]
-    return [loaded.model.weights.embedding, *tensors, loaded.model.weights.final_norm, loaded.model.weights.head]
+    tensors = [weights.embedding, *tensors, weights.final_norm, weights.head]
+    return [tensor.dense() if isinstance(tensor, PackedWeight) else tensor for tensor in tensors]
 
 
 def said(caplog: pytest.LogCaptureFixture) -> str:
@@ -75,10 +78,12 @@ def test_all_sources_give_the_same_weights(raw: dict[str, Any], tmp_path: Path) 
         loaded = load(folder)
         assert loaded.name == folder.name
         assert loaded.config.tied_head == live.config.tied_head == raw["tie_word_embeddings"]
-        for ours, theirs in zip(flat(loaded), flat(live), strict=True):
-            assert torch.equal(ours, theirs), kind
+        for found, expected in zip(flat(loaded), flat(live), strict=True):
+            assert torch.equal(found, expected), kind
     tokens = some_tokens(30, 211)
-    assert torch.equal(run_logits(load(sources["sharded"]).model, tokens), run_logits(live.model, tokens))
+    for weights in ("shared", "packed"):
+        ours, theirs = load(sources["sharded"], weights=weights), load(model, weights=weights)
+        assert torch.equal(run_logits(ours.model, tokens), run_logits(theirs.model, tokens))
 
 
 def test_live_weights_are_shared() -> None:
