@@ -6,17 +6,17 @@ import dataclasses
 from typing import Any
 
 from measure import Setting
-from ours import DTYPES, Engine
-from random_models import random_llama
+from ours import WEIGHTS, Engine
+from random_models import bare
 
 CONTEXT = 128
 
 
 def run(setting: Setting) -> list[dict[str, Any]]:
     results = []
-    for dtype in ("fp32",) if setting.quick else DTYPES:
+    for dtype in ("fp32",) if setting.quick else WEIGHTS:
         for batch in (1, 8) if setting.quick else (1, 8, 32):
-            decoder = Engine(random_llama("S"), dtype, max_batch=batch, cache_tokens=batch * 2 * CONTEXT).decoder
+            decoder = Engine(bare("S"), dtype, max_batch=batch, cache_tokens=batch * 2 * CONTEXT).decoder
             explained = decoder.explain(batch_size=batch, context=CONTEXT)
             print(f"\na step of S, {dtype}, batch {batch}, context {CONTEXT}\n{explained}")
             results.append({"dtype": dtype, "batch": batch, "step": dataclasses.asdict(explained)})

@@ -1,8 +1,7 @@
-"""The engine behind the interface of the peers (`peers.Peer`), in this process and over the model in memory."""
+"""The engine behind the interface of the peers (`peers.Peer`), in this process."""
 
 from __future__ import annotations
 
-import inspect
 import time
 from typing import Any
 
@@ -19,17 +18,20 @@ WEIGHTS = {
     "int8": (torch.float32, "int8"),
     "int4": (torch.float32, "int4"),
 }
-CHOOSES_WEIGHTS = "weights" in inspect.signature(Decoder).parameters
-DTYPES = tuple(WEIGHTS) if CHOOSES_WEIGHTS else ("fp32", "bf16")
 
 
 class Engine:
-    """A decoder of one model, for prompts of one length at a time. ``shared``: over the model's own tensors, where they lie."""
+    """A decoder of one model, a folder or live, for prompts of one length at a time. ``shared``: over a live model's own tensors, where
+    they lie; else the weights are packed."""
 
     def __init__(self, model: Any, dtype: str, *, max_batch: int, cache_tokens: int, shared: bool = False) -> None:
         torch_dtype, kept = WEIGHTS[dtype]
-        options = {"weights": "shared" if shared else kept} if CHOOSES_WEIGHTS else {}
-        self.decoder = Decoder(model.to(torch_dtype), cache_tokens=cache_tokens, max_batch_size=max_batch, max_batch_tokens=512, **options)
+        if isinstance(model, torch.nn.Module):
+            model.to(torch_dtype)
+        self.decoder = Decoder(
+            model, dtype=torch_dtype, weights="shared" if shared else kept, cache_tokens=cache_tokens, max_batch_size=max_batch,
+            max_batch_tokens=512,
+        )  # fmt: skip
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:
         begin = time.perf_counter()

@@ -60,6 +60,17 @@ def saved(shape: str) -> Path:
     return folder
 
 
+def bare(shape: str) -> Path:
+    """The same folder without the tokenizer: tokens in, tokens out."""
+    folder = saved(shape)
+    target = folder.parent / "bare"
+    target.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        if not (target / name).exists():
+            (target / name).symlink_to(folder / name)
+    return target
+
+
 def _word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, vocab_size)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))

@@ -15,7 +15,7 @@ from measure import Setting, interleaved, rates, seconds_of, summary, table
 from models.origin_model import OriginConfig
 from models.origin_model import Transformer as OriginTransformer
 from ours import Engine
-from random_models import random_llama, saved
+from random_models import bare, saved
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -95,7 +95,7 @@ def search(setting: Setting) -> list[dict[str, Any]]:
     for name in ("bundled", "S"):
         # Peers that convert would write beside the bundled model.
         peers = able if name == "S" else [peer for peer in able if peer.name == "transformers"]
-        model = random_llama("S") if name == "S" else AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+        model = bare("S") if name == "S" else AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
         ours = Engine(model, "fp32", max_batch=128, cache_tokens=(PROMPT + 16 * (NEW + 32)) * 8)
         for peer in peers:
             peer.load(saved("S") if name == "S" else BUNDLED, "fp32")

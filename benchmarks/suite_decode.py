@@ -7,6 +7,7 @@ limit is the larger of the time to read a step's weights, keys and values, and, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 from measure import Machine, Setting, interleaved, rates, seconds_of, summary, table
 from models.origin_model import OriginConfig
 from models.origin_model import Transformer as OriginTransformer
-from ours import DTYPES, Engine
+from ours import Engine
 from peers.remote import PeerError, Remote
-from random_models import SHAPES, random_llama, saved
+from random_models import SHAPES, bare, random_llama, saved
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -28,6 +29,7 @@ from engine.kernels import limits
 from engine.kv_cache import block_bytes
 
 PROMPT = 128
+NEW, ROUNDS = {"S": 128, "M": 32}, 3
 CACHE_BYTES = 64 << 20  # more than any cache of the machines this runs on holds
 BUNDLED = Path(engine.__file__).parent / "bundled" / "target"
 # A column group of the table -> the weight formats that compete in it, and the bytes of a weight (int4: with a 16-bit scale for every 32).
@@ -70,18 +72,41 @@ def run(setting: Setting) -> dict[str, Any]:
 # ---- the random models ----
 
 
+@dataclass
+class Contender:
+    """Somebody who has the model loaded. A peer that fails is out."""
+
+    name: str
+    format: str
+    engine: Any
+    beams: bool = True
+    failed: bool = False
+
+    def attempt(self, run: Callable[[], float]) -> float:
+        """Seconds; NaN where it failed, now or before."""
+        if self.failed:
+            return math.nan
+        try:
+            return run()
+        except PeerError as error:
+            self.failed = True
+            tqdm.write(f"{self.name} drops out: {error}")
+            return math.nan
+
+
 def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote], quick: bool) -> list[dict[str, Any]]:
     """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each."""
     cases = CASES[group][:2] if quick else CASES[group]
-    new, rounds = (32, 2) if quick else (128 if shape == "S" else 32, 3)
-    contenders: dict[str, Any] = {}
-    formats: dict[str, str] = {}
+    new, rounds = (32, 2) if quick else (NEW[shape], ROUNDS)
+    contenders: list[Contender] = []
     tokens_of_cache = max(c.batch * c.beams * (PROMPT + new + 16) + c.prefill for c in cases) + 64
-    for dtype in GROUPS[group]:
-        if dtype in DTYPES:
-            name = "ours" if dtype != "fp16" else "ours, fp16"
-            contenders[name] = Engine(random_llama(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache)
-            formats[name] = dtype
+    for i, dtype in enumerate(GROUPS[group]):
+        ours = Engine(bare(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache)
+        contenders.append(Contender(f"ours, {dtype}" if i else "ours", dtype, ours))
+    if group in ("fp32", "16-bit") and not quick:
+        dtype = GROUPS[group][0]
+        ours = Engine(random_llama(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache, shared=True)
+        contenders.append(Contender("ours, shared", dtype, ours))
     more: list[Remote] = []  # a process has one model, and a peer may have two formats
     for peer in peers:
         for i, dtype in enumerate(dtype for dtype in GROUPS[group] if dtype in peer.dtypes):
@@ -94,53 +119,50 @@ def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote],
             except PeerError as error:
                 tqdm.write(f"left out: {error}")
                 continue
-            contenders[name], formats[name] = loaded, dtype
+            contenders.append(Contender(name, dtype, loaded, peer.beams))
     entries: list[dict[str, Any]] = []
     with tqdm(total=len(cases) * rounds * len(contenders), desc=f"decode, {shape} {group}", disable=None, leave=False) as progress:
         for case in cases:
-            entries += measure_case(machine, shape, group, case, contenders, formats, new, rounds, progress)
+            entries += measure_case(machine, shape, group, case, contenders, new, rounds, progress)
     for peer in more:
         peer.close()
     return entries
 
 
 def measure_case(
-    machine: Machine, shape: str, group: str, case: Case, contenders: dict[str, Any], formats: dict[str, str], new: int, rounds: int,
-    progress: tqdm,
-) -> list[dict[str, Any]]:  # fmt: skip
+    machine: Machine, shape: str, group: str, case: Case, contenders: list[Contender], new: int, rounds: int, progress: tqdm
+) -> list[dict[str, Any]]:
     prompts = random_prompts(shape, case.batch, case.prefill or PROMPT)
     tokens: dict[str, list[list[int]]] = {}
 
-    def timed(name: str, contender: Any) -> Callable[[], float]:
-        def prefill() -> float:
-            return contender.prefill(prompts[0])
-
-        def decode() -> float:
-            timing = contender.decode(prompts, new, case.beams)
-            tokens[name] = timing.tokens
+    def timed(contender: Contender, new: int) -> Callable[[], float]:
+        def once() -> float:
+            if case.prefill:
+                return contender.engine.prefill(prompts[0])
+            timing = contender.engine.decode(prompts, new, case.beams)
+            tokens[contender.name] = timing.tokens
             return timing.seconds
 
-        return prefill if case.prefill else decode
+        return lambda: contender.attempt(once)
 
-    able = {name: c for name, c in contenders.items() if case.beams == 1 or getattr(c, "beams", True)}
-
-    def warm(contender: Any) -> Callable[[], float]:
-        return lambda: contender.prefill(prompts[0]) if case.prefill else contender.decode(prompts, 3, case.beams).seconds
-
-    interleaved({name: warm(c) for name, c in able.items()}, 1)  # the first call of each shape pays for what later ones find warm
-    times = interleaved({name: timed(name, contender) for name, contender in able.items()}, rounds, progress)
+    able = [contender for contender in contenders if case.beams == 1 or contender.beams]
+    interleaved({c.name: timed(c, 3) for c in able}, 1)  # the first call of each shape pays for what later ones find warm
+    times = interleaved({c.name: timed(c, new) for c in able}, rounds, progress)
     progress.update((len(contenders) - len(able)) * rounds)
     work = case.prefill or case.batch * (new - 1)
     limit = limit_rate(machine, shape, group, case, new)
     reference = tokens.get("transformers") or tokens.get("ours")
     entries = []
-    for name, seconds in times.items():
+    for contender in able:
+        seconds = times[contender.name]
+        if any(map(math.isnan, seconds)):
+            continue
         rate = rates(seconds, work)
         entries.append(
             {
-                "model": shape, "weights": group, "case": case.name, "contender": name, "format": formats[name],
+                "model": shape, "weights": group, "case": case.name, "contender": contender.name, "format": contender.format,
                 "tokens_per_second": rate, "limit": limit, "limit_share": rate["median"] / limit if limit else None,
-                "agreement": agreement(tokens[name], reference) if reference else None,
+                "agreement": agreement(tokens[contender.name], reference) if reference else None,
             }
         )  # fmt: skip
     return entries

@@ -35,7 +35,7 @@ def run(setting: Setting) -> dict[str, Any]:
 
 def matrices(n: int, k: int, format: str) -> list[Any]:
     """As many as POOL_BYTES hold. All are copies of one: what is measured does not depend on the values."""
-    dtype = torch.bfloat16 if format.startswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if "bf16" in format else torch.float32
     weight = (torch.randn(n, k) / k**0.5).to(dtype)
     if format.endswith("in place"):
         return [weight.clone() for _ in range(max(2, POOL_BYTES // weight.nbytes))]
@@ -43,37 +43,49 @@ def matrices(n: int, k: int, format: str) -> list[Any]:
     return [dataclasses.replace(packed, data=packed.data.clone()) for _ in range(max(2, POOL_BYTES // packed.nbytes))]
 
 
+def check(weight: Any, x: Tensor, result: Tensor, format: str) -> None:
+    """What is timed is the product: quantised x and weights leave some per cent of error."""
+    dense = weight.float() if isinstance(weight, Tensor) else weight.dense().float()
+    exact = x @ dense.T
+    error = float((result - exact).norm() / exact.norm())
+    if not error < (0.02 if format in ("int8", "int4") else 1e-4):
+        raise AssertionError(f"linear, {format}, {len(x)} rows: the result is off by {error:.1%}")
+
+
 def linear(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     ops = kernels.select("cpu")
     rounds = 3 if quick else 9
-    cases = [(n, k, format) for n, k in (SHAPES[:1] if quick else SHAPES) for format in FORMATS]
-    all_rows = (1, 8, 32, 512) if quick else ROWS
+    shapes, all_rows = (SHAPES[:1], (1, 8, 32, 512)) if quick else (SHAPES, ROWS)
     results = []
-    with tqdm(total=len(cases) * len(all_rows), desc="linear", disable=None, leave=False) as progress:
-        for n, k, format in cases:
-            pool = matrices(n, k, format)
+    with tqdm(total=len(shapes) * len(all_rows) * rounds * (len(FORMATS) + 2), desc="linear", disable=None, leave=False) as progress:
+        for n, k in shapes:
+            pools = {format: matrices(n, k, format) for format in FORMATS}
             for rows in all_rows:
-                operations = 2 * rows * n * k
-                # Integer products have a limit of their own in operations, which is not measured.
-                least = machine.seconds(pool[0].nbytes, 0 if format in ("int8", "int4") else operations)
-                x = torch.randn(rows, k)
-                contenders = {"ours": timed(lambda w, x=x: ops.linear(x, (w,)), pool, least)}
-                if format.endswith("in place"):
+                x, operations = torch.randn(rows, k), 2 * rows * n * k
+                contenders, least = {}, {}
+                for format, pool in pools.items():
+                    # Integer products have a limit of their own in operations, which is not measured.
+                    least[format] = machine.seconds(pool[0].nbytes, 0 if format in ("int8", "int4") else operations)
+                    check(pool[0], x, ops.linear(x, (pool[0],)), format)
+                    contenders[format] = timed(lambda w, x=x: ops.linear(x, (w,)), pool, least[format])
+                for dtype in ("fp32", "bf16"):
+                    pool = pools[f"{dtype} in place"]
                     # torch multiplies in the weights' dtype; ours keeps float32 activations
                     x_torch = x.to(pool[0].dtype)
-                    contenders["torch"] = timed(lambda w, x=x_torch: torch.nn.functional.linear(x, w), pool, least)
-                times = interleaved(contenders, rounds)
-                mine = summary(times["ours"])
-                entry = {
-                    "n": n, "k": k, "format": format, "rows": rows, "seconds": mine, "limit_share": least / mine["median"],
-                    "bandwidth_share": pool[0].nbytes / mine["median"] / machine.read_bandwidth,
-                    "gflop_s": operations / mine["median"] / 1e9,
-                }  # fmt: skip
-                if "torch" in times:
-                    theirs = summary(times["torch"])
-                    entry |= {"torch_seconds": theirs, "torch_ratio": theirs["median"] / mine["median"]}
-                results.append(entry)
-                progress.update()
+                    product = lambda w, x=x_torch: torch.nn.functional.linear(x, w)  # noqa: E731
+                    contenders[f"{dtype} torch"] = timed(product, pool, least[f"{dtype} in place"])
+                times = {name: summary(seconds) for name, seconds in interleaved(contenders, rounds, progress).items()}
+                for format, pool in pools.items():
+                    mine = times[format]
+                    entry = {
+                        "n": n, "k": k, "format": format, "rows": rows, "seconds": mine,
+                        "bandwidth_share": pool[0].nbytes / mine["median"] / machine.read_bandwidth,
+                        "gflop_s": operations / mine["median"] / 1e9, "limit_share": least[format] / mine["median"],
+                    }  # fmt: skip
+                    if theirs := times.get(f"{format.split()[0]} torch"):
+                        entry |= {"torch_seconds": theirs, "torch_ratio": theirs["median"] / mine["median"]}
+                    results.append(entry)
+    results.sort(key=lambda r: (-r["n"], FORMATS.index(r["format"]), r["rows"]))
     one = {(r["n"], r["format"]): r["seconds"]["median"] for r in results if r["rows"] == 1}
     table(
         "linear: share of the machine's limit (the larger of reading the weights and, for floats, doing the operations)",

@@ -49,7 +49,7 @@ class Adapter:
         end = time.perf_counter()
         if steps != new_tokens:
             raise RuntimeError(f"onnxruntime-genai took {steps} steps for {new_tokens} tokens")
-        found = [generator.get_sequence(i * num_beams if num_beams > 1 else i) for i in range(len(prompts))]
+        found = [generator.get_sequence(i) for i in range(len(prompts))]
         return Timing(end - start, end - begin, [sequence[len(prompts[0]) :].tolist() for sequence in found])
 
     def prefill(self, tokens: list[int]) -> float:

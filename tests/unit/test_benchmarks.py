@@ -153,7 +153,7 @@ def test_a_peer_tells_its_errors_and_goes_on(tmp_path: Path) -> None:
             peer.prefill([1, 2, 3])
         peer._process.kill()
         peer._process.wait()
-        with pytest.raises(PeerError, match="transformers died: it said nothing|transformers died: "):
+        with pytest.raises(PeerError, match="transformers died: "):
             peer.prefill([1, 2, 3])
     finally:
         peer.close()
