@@ -103,7 +103,7 @@ def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote],
     for i, dtype in enumerate(GROUPS[group]):
         ours = Engine(bare(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache)
         contenders.append(Contender(f"ours, {dtype}" if i else "ours", dtype, ours))
-    if group in ("fp32", "16-bit") and not quick:
+    if shape == "S" and group in ("fp32", "16-bit") and not quick:
         dtype = GROUPS[group][0]
         ours = Engine(random_llama(shape), dtype, max_batch=64, cache_tokens=tokens_of_cache, shared=True)
         contenders.append(Contender("ours, shared", dtype, ours))
