@@ -34,11 +34,15 @@ NVCC_FLAGS = (
     "-Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 )
 ISA_FLAGS = {"portable": ""}
+# Sources that gain by one more instruction are compiled for it as well (csrc/cpu/dispatch.cpp puts them into tables of their own).
+EXTRA_FLAGS: dict[str, dict[str, str]] = {}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = ISA_FLAGS["avx2"] + " -mavx512f -mavx512bw -mavx512vl -mavx512dq"
     # GCC 12 finds fault with its own AVX-512 header (GCC bug 105593); the third is for clang, which knows no second.
     ISA_FLAGS["avx512"] += " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+    EXTRA_FLAGS["linear_int"] = {"avx512vnni": ISA_FLAGS["avx512"] + " -mavx512vnni"}  # sums of four products of bytes
+    EXTRA_FLAGS["linear_panels"] = {"avx512bf16": ISA_FLAGS["avx512"] + " -mavx512bf16"}  # sums of two products of bf16
 
 
 class CannotBuild(Exception):
@@ -120,7 +124,7 @@ def _plan(name: str, output: Path) -> list[Job]:
         for source in _sources("csrc/cpu/*.cpp"):
             add(source, cpp)
         for source in _sources("csrc/cpu/isa/*.cpp"):
-            for isa, flags in ISA_FLAGS.items():
+            for isa, flags in (ISA_FLAGS | EXTRA_FLAGS.get(source.stem, {})).items():
                 add(source, f"{cpp} {flags} -DENGINE_ISA={isa}", f".{isa}")
     else:
         nvcc = f"{_nvcc()} -ccbin {cxx}"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.kernels import cpu, limits
 
 # OpenMP threads go on spinning for milliseconds after their last work, on the cores the next contender wants.
 SETTLE_SECONDS = 0.03
+READ_BYTES = 256 << 20
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,6 +37,14 @@ class Machine:
     def seconds(self, num_bytes: float, operations: float) -> float:
         """The least time a kernel that reads so many bytes and does so many operations can take: the roofline."""
         return max(num_bytes / self.read_bandwidth, operations / self.flop_rate)
+
+    def reader(self) -> Callable[[], float]:
+        """A contender that reads READ_BYTES of memory; its seconds are for ``during``."""
+        return lambda: READ_BYTES / limits.read_bandwidth(READ_BYTES, 1)
+
+    def during(self, seconds: list[float]) -> Machine:
+        """The machine as it was in rounds in which ``reader`` took so long: how fast a shared one reads changes within minutes."""
+        return replace(self, read_bandwidth=READ_BYTES / statistics.median(seconds))
 
     def measure_again(self) -> None:
         """At the end of a run: what other guests of the machine left of it may have changed."""

@@ -37,6 +37,9 @@ class Engine:
         begin = time.perf_counter()
         outputs = self.decoder.generate(prompts, max_new_tokens=new_tokens, num_beams=num_beams, ignore_eos=True)
         total = time.perf_counter() - begin
+        for output in outputs:
+            if output.error is not None:
+                raise RuntimeError(f"the engine failed: {output.error}")
         metrics = [output.metrics for output in outputs]
         # The first token comes with the prompt; a batch has begun to decode when the last of its prompts is computed.
         seconds = max(m.total_time for m in metrics) - max(m.time_to_first_token or 0.0 for m in metrics)

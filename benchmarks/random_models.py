@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # of loading and saving: they cut through the benchmark's own
 
 SHAPES: dict[str, dict[str, Any]] = {
     "S": dict(

@@ -62,9 +62,10 @@ def run(setting: Setting) -> dict[str, Any]:
     machine, quick, peers = setting.machine, setting.quick, setting.peers
     cells: list[dict[str, Any]] = []
     for shape in ("S",) if quick else ("S", "M"):
+        reference: dict[str, list[list[int]]] = {}
         for group in GROUPS:
             # The quick run has the peers for float32 alone: loading them takes most of the time.
-            cells += measure_group(machine, shape, group, peers if group == "fp32" or not quick else [], quick)
+            cells += measure_group(machine, shape, group, peers if group == "fp32" or not quick else [], quick, reference)
         shape_tables([cell for cell in cells if cell["model"] == shape], shape)
     return {"cells": cells, "aims": aims(cells), "bundled": bundled(setting), "origin": origin(quick)}
 
@@ -94,8 +95,11 @@ class Contender:
             return math.nan
 
 
-def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote], quick: bool) -> list[dict[str, Any]]:
-    """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each."""
+def measure_group(
+    machine: Machine, shape: str, group: str, peers: list[Remote], quick: bool, reference: dict[str, list[list[int]]]
+) -> list[dict[str, Any]]:
+    """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each. ``reference``: each case's
+    tokens in float32, which the first group leaves there."""
     cases = CASES[group][:2] if quick else CASES[group]
     new, rounds = (32, 2) if quick else (NEW[shape], ROUNDS)
     contenders: list[Contender] = []
@@ -121,17 +125,18 @@ def measure_group(machine: Machine, shape: str, group: str, peers: list[Remote],
                 continue
             contenders.append(Contender(name, dtype, loaded, peer.beams))
     entries: list[dict[str, Any]] = []
-    with tqdm(total=len(cases) * rounds * len(contenders), desc=f"decode, {shape} {group}", disable=None, leave=False) as progress:
+    with tqdm(total=len(cases) * rounds * (len(contenders) + 1), desc=f"decode, {shape} {group}", disable=None, leave=False) as progress:
         for case in cases:
-            entries += measure_case(machine, shape, group, case, contenders, new, rounds, progress)
+            entries += measure_case(machine, shape, group, case, contenders, new, rounds, progress, reference)
     for peer in more:
         peer.close()
     return entries
 
 
 def measure_case(
-    machine: Machine, shape: str, group: str, case: Case, contenders: list[Contender], new: int, rounds: int, progress: tqdm
-) -> list[dict[str, Any]]:
+    machine: Machine, shape: str, group: str, case: Case, contenders: list[Contender], new: int, rounds: int, progress: tqdm,
+    reference: dict[str, list[list[int]]],
+) -> list[dict[str, Any]]:  # fmt: skip
     prompts = random_prompts(shape, case.batch, case.prefill or PROMPT)
     tokens: dict[str, list[list[int]]] = {}
 
@@ -147,11 +152,13 @@ def measure_case(
 
     able = [contender for contender in contenders if case.beams == 1 or contender.beams]
     interleaved({c.name: timed(c, 3) for c in able}, 1)  # the first call of each shape pays for what later ones find warm
-    times = interleaved({c.name: timed(c, new) for c in able}, rounds, progress)
+    times = interleaved({c.name: timed(c, new) for c in able} | {"read": machine.reader()}, rounds, progress)
+    machine = machine.during(times.pop("read"))
     progress.update((len(contenders) - len(able)) * rounds)
     work = case.prefill or case.batch * (new - 1)
     limit = limit_rate(machine, shape, group, case, new)
-    reference = tokens.get("transformers") or tokens.get("ours")
+    if group == "fp32" and not case.prefill:
+        reference[case.name] = tokens.get("transformers") or tokens["ours"]
     entries = []
     for contender in able:
         seconds = times[contender.name]
@@ -162,9 +169,11 @@ def measure_case(
             {
                 "model": shape, "weights": group, "case": case.name, "contender": contender.name, "format": contender.format,
                 "tokens_per_second": rate, "limit": limit, "limit_share": rate["median"] / limit if limit else None,
-                "agreement": agreement(tokens[contender.name], reference) if reference else None,
             }
         )  # fmt: skip
+        if contender.name in tokens:
+            mine, its = tokens[contender.name], reference[case.name]
+            entries[-1] |= {"agreement": agreement(mine, its), "first_agreement": agreement([t[:1] for t in mine], [t[:1] for t in its])}
     return entries
 
 
@@ -198,30 +207,26 @@ def limit_rate(machine: Machine, shape: str, group: str, case: Case, new: int) -
 
 
 def shape_tables(cells: list[dict[str, Any]], shape: str) -> None:
-    """Of one model: every contender's rate, and how many times that of each peer ours is."""
-    columns = list(dict.fromkeys((cell["weights"], cell["case"]) for cell in cells))
-    names = list(dict.fromkeys(cell["contender"] for cell in cells))
-    found = {(cell["weights"], cell["case"], cell["contender"]): cell for cell in cells}
-    heads = [f"{group} {case}" for group, case in columns]
+    """Of one model, a table for each group: every contender's rate, its share of the limit, and how many times that rate ours is."""
+    for group in dict.fromkeys(cell["weights"] for cell in cells):
+        here = {(cell["case"], cell["contender"]): cell for cell in cells if cell["weights"] == group}
+        cases, names = (list(dict.fromkeys(key[i] for key in here)) for i in (0, 1))
 
-    def line(name: str, show: Callable[[dict[str, Any], dict[str, Any]], str]) -> list[str]:
-        cells = [(found.get((*column, name)), found.get((*column, "ours"))) for column in columns]
-        return [name, *(show(cell, mine) if cell and mine else "-" for cell, mine in cells)]
+        def show(case: str, name: str, here: dict[tuple[str, str], dict[str, Any]] = here) -> str:
+            cell, mine = here.get((case, name)), here.get((case, "ours"))
+            if cell is None:
+                return "-"
+            rate = cell["tokens_per_second"]["median"]
+            share = f" {cell['limit_share']:.0%}" if cell["limit_share"] else ""
+            ratio = f" {mine['tokens_per_second']['median'] / rate:5.2f}x" if mine and name != "ours" else 7 * " "
+            return f"{rate:.0f}{share}{ratio}"
 
-    def rate(cell: dict[str, Any], mine: dict[str, Any]) -> str:
-        share = f" {cell['limit_share']:.0%}" if cell["limit_share"] else ""
-        return f"{cell['tokens_per_second']['median']:.0f}{share}"
-
-    def ratio(cell: dict[str, Any], mine: dict[str, Any]) -> str:
-        return f"{mine['tokens_per_second']['median'] / cell['tokens_per_second']['median']:.2f}"
-
-    title = f"random Llama {shape}, prompt {PROMPT}"
-    table(f"{title}: tokens/s, and share of the limit", ["", *heads], [line(name, rate) for name in names])
-    peers = [name for name in names if not name.startswith("ours")]
-    if peers:
-        table(f"{title}: ours / peer", ["", *heads], [line(name, ratio) for name in peers])
-    whole = [(c["contender"], c["agreement"]) for c in cells if c["weights"] == "fp32" and c["case"] == "b8" and c["agreement"] is not None]
-    print("  tokens as transformers', fp32 b8: " + ", ".join(f"{name} {share:.0%}" for name, share in whole))
+        title = f"random Llama {shape}, prompt {PROMPT}, {group}: tokens/s, share of the limit, ours / it"
+        table(title, ["", *cases], [[name, *(show(case, name) for case in cases)] for name in names])
+        agreements = [
+            f"{name} {cell['first_agreement']:.0%} {cell['agreement']:.0%}" for (case, name), cell in here.items() if case == "b8"
+        ]
+        print(f"  b8, first tokens and all tokens as in float32: {', '.join(agreements)}")
 
 
 def aims(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -332,17 +337,21 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
     files = []
     for shape in dict.fromkeys(cell["model"] for cell in results["cells"]):
         cells = [cell for cell in results["cells"] if cell["model"] == shape]
-        groups = [group for group in GROUPS if any(cell["weights"] == group for cell in cells)]
-        figure, axes = plt.subplots(len(groups), 1, figsize=(11, 2.8 * len(groups)), constrained_layout=True, squeeze=False)
-        names = list(dict.fromkeys(cell["contender"] for cell in cells))
+        groups = list(dict.fromkeys(cell["weights"] for cell in cells))
+        colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(c["contender"].partition(",")[0] for c in cells))}
+        figure, axes = plt.subplots(len(groups), 1, figsize=(11, 3 * len(groups)), constrained_layout=True, squeeze=False)
         for axis, group in zip(axes[:, 0], groups, strict=True):
             here = [cell for cell in cells if cell["weights"] == group]
-            cases = list(dict.fromkeys(cell["case"] for cell in here))
+            cases, names = (list(dict.fromkeys(cell[key] for cell in here)) for key in ("case", "contender"))
             width = 0.85 / len(names)
             for i, name in enumerate(names):
                 mine = [cell for cell in here if cell["contender"] == name]
                 x = [cases.index(cell["case"]) + (i - (len(names) - 1) / 2) * width for cell in mine]
-                bars = axis.bar(x, [cell["tokens_per_second"]["median"] for cell in mine], width, label=name, color=f"C{i}")
+                engine_name, _, variant = name.partition(", ")
+                bars = axis.bar(
+                    x, [cell["tokens_per_second"]["median"] for cell in mine], width, label=name, color=colours[engine_name],
+                    alpha=0.5 if variant else 1,
+                )  # fmt: skip
                 axis.bar_label(bars, fmt="%.0f", fontsize=6)
             for i, case in enumerate(cases):
                 if limit := next(cell["limit"] for cell in here if cell["case"] == case):
@@ -350,7 +359,7 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
             axis.set_xticks(range(len(cases)), cases)
             axis.set_yscale("log")
             axis.set_ylabel(f"{group}: tokens/s")
-        axes[0, 0].legend(fontsize=7, ncols=4)
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"Random Llama {shape}, prompt {PROMPT}")
         files.append(out.with_name(f"{out.stem}-decode-{shape}.png"))
         figure.savefig(files[-1], dpi=120)

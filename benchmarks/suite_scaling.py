@@ -1,5 +1,6 @@
 """How the cost of a step grows with threads, batch, context and vocabulary: one at a time, from the random model S at batch 1, context 128
-and vocabulary 32,000. Ours alone; the limit stands beside each point."""
+and vocabulary 32,000. Ours alone. The limit beside each point is the time to read the weights, keys and values, and in float32 that of the
+multiply-adds if it is longer."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Machine, Setting, summary, table
+from measure import Machine, Setting, interleaved, summary, table
 from ours import Engine
 from random_models import random_llama
 from tqdm import tqdm
@@ -69,21 +70,25 @@ def point(setting: Setting, dtype: str, axis: str, value: int) -> dict[str, Any]
     vocab = ours.decoder.config.vocab_size
     prompts = torch.randint(3, vocab, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
     with threads(value if axis == "threads" else cpu._cpu.num_threads()):
-        # Fewer threads may reach less of the memory's bandwidth.
-        machine = Machine(limits.read_bandwidth(repeats=3), limits.flop_rate(repeats=2)) if axis == "threads" else setting.machine
+        # Fewer threads may reach less of the machine; what they read is measured in the same rounds.
+        machine = Machine(1.0, limits.flop_rate(repeats=2)) if axis == "threads" else setting.machine
         ours.decode(prompts[:1], 3)
         # A long prompt takes much longer than the steps after it, so that a call has few steps and is not repeated often.
-        seconds = [ours.decode(prompts, new).seconds / (new - 1) for _ in range(1 if setting.quick else 3)]
+        rounds = 1 if setting.quick else 3
+        times = interleaved({"ours": lambda: ours.decode(prompts, new).seconds / (new - 1), "read": machine.reader()}, rounds)
+        machine = machine.during(times["read"])
     c = ours.decoder.config
     cached = batch * (context + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.cache.dtype)
     weights = ours.decoder.model.bytes_per_step
-    operations = 2 * batch * weights / (4 if dtype == "fp32" else 2)
-    return {"step_seconds": summary(seconds), "limit": machine.seconds(weights + cached, operations)}
+    # A machine may multiply 16-bit numbers faster than float32, and how fast is not measured.
+    operations = 2 * batch * weights / 4 if dtype == "fp32" else 0
+    return {"step_seconds": summary(times["ours"]), "limit": machine.seconds(weights + cached, operations)}
 
 
 def plot(results: list[dict[str, Any]], out: Path) -> list[Path]:
     """A curve for each axis, with the limit dotted."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     axes_names = list(dict.fromkeys(r["axis"] for r in results))
     figure, axes = plt.subplots(1, len(axes_names), figsize=(4 * len(axes_names), 3.8), constrained_layout=True, squeeze=False)
@@ -95,7 +100,10 @@ def plot(results: list[dict[str, Any]], out: Path) -> list[Path]:
             axis.plot(x, [r["limit"] * 1e3 for r in mine], ls=":", color=f"C{i}", label=f"{dtype}, limit")
         if name != "threads":
             axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
+        values = [r["value"] for r in results if r["axis"] == name]
+        axis.set_xticks(values, [f"{value // 1024}k" if value >= 4096 else str(value) for value in values])
+        axis.yaxis.set_major_formatter(ScalarFormatter())
         axis.set_xlabel(name)
     axes[0, 0].set_ylabel("ms of a step")
     axes[0, 0].legend(fontsize=8)

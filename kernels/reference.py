@@ -66,7 +66,9 @@ def linear(
 def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     if not isinstance(weight, PackedWeight):
         return x @ weight.float().T
-    return integer_product(x, weight) if weight.format in ACTIVATION_GROUP else x @ weight.dense().float().T
+    if weight.format in ACTIVATION_GROUP:
+        return integer_product(x, weight)
+    return (x.bfloat16().float() if weight.format == "bfloat16" else x) @ weight.dense().float().T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

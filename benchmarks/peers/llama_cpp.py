@@ -42,7 +42,7 @@ class Adapter:
         C.llama_log_set(silent, None)
         C.llama_backend_init()
         self._free()
-        self._threads = num_threads
+        self._threads, self._dtype = num_threads, dtype
         full = converted(folder, "llama_cpp-fp32", lambda target: write_gguf(folder, target / "model.gguf")) / "model.gguf"
 
         def quantise(target: Path) -> None:
@@ -109,6 +109,8 @@ class Adapter:
             params = C.llama_context_default_params()
             params.n_seq_max, params.n_batch, params.n_ubatch = sequences, BATCH, BATCH
             params.n_ctx = sequences * -(-length // 256) * 256
+            if self._dtype == "fp32":
+                params.type_k = params.type_v = C.GGML_TYPE_F32  # the default is float16
             params.n_threads = params.n_threads_batch = self._threads
             self._context = C.llama_init_from_model(self._model, params)
             if not self._context:

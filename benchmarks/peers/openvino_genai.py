@@ -43,6 +43,8 @@ class Adapter:
         scheduler.max_num_batched_tokens = 8192  # all prompts in one step
         scheduler.cache_size = 1  # GiB
         properties = {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bf16" else "f32"}
+        if dtype == "fp32":
+            properties["KV_CACHE_PRECISION"] = "f32"  # the default is 8 bits
         self._pipeline = og.ContinuousBatchingPipeline(str(target), scheduler, "CPU", properties)
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:

@@ -26,6 +26,7 @@ class Remote:
 
     def __init__(self, name: str, num_threads: int) -> None:
         self.name, self._num_threads = name, num_threads
+        self._loaded: tuple[Path, str] | None = None
         python = os.environ.get(f"ENGINE_PEERS_{name.upper()}", sys.executable)
         paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(num_threads)}
@@ -44,7 +45,10 @@ class Remote:
         self.beams: bool = about["beams"]
 
     def load(self, folder: Path, dtype: str) -> None:
-        self._ask(do="load", folder=str(folder), dtype=dtype, num_threads=self._num_threads)
+        if self._loaded != (folder, dtype):
+            self._loaded = None
+            self._ask(do="load", folder=str(folder), dtype=dtype, num_threads=self._num_threads)
+            self._loaded = (folder, dtype)
 
     def decode(self, prompts: Sequence[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:
         return Timing(**self._ask(do="decode", prompts=list(prompts), new_tokens=new_tokens, num_beams=num_beams))

@@ -10,7 +10,8 @@ namespace {
 constexpr size_t kMaxWeights = 16;
 constexpr size_t kFields = 5;  // of a weight in `segments`: its address, its scales' or 0, n, the bias's address or 0, the bias's dtype
 
-void linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple& segments, int format, uintptr_t residual, uintptr_t out) {
+void bound_linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple& segments, int format, uintptr_t residual,
+                  uintptr_t out) {
     const size_t count = segments.size() / kFields;
     if (count > kMaxWeights) {
         throw py::value_error("weights must hold at most " + std::to_string(kMaxWeights) + " matrices, got " + std::to_string(count));
@@ -35,10 +36,11 @@ void linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple
     args.residual = as<const float>(residual);
     args.out = as<float>(out);
     const Computing computing;
-    active().linear(args);
+    linear(args);
 }
 
-void embed(uintptr_t tokens, int64_t count, uintptr_t table, uintptr_t scale, int format, int64_t vocabulary, int64_t k, uintptr_t out) {
+void bound_embed(uintptr_t tokens, int64_t count, uintptr_t table, uintptr_t scale, int format, int64_t vocabulary, int64_t k,
+                 uintptr_t out) {
     const Computing computing;
     check_range("tokens", as<const int32_t>(tokens), count, 0, vocabulary);
     LinearSegment segment = {};
@@ -51,8 +53,8 @@ void embed(uintptr_t tokens, int64_t count, uintptr_t table, uintptr_t scale, in
 }  // namespace
 
 void bind_linear(py::module_& m) {
-    m.def("linear", &linear);
-    m.def("embed", &embed);
+    m.def("linear", &bound_linear);
+    m.def("embed", &bound_embed);
 }
 
 }  // namespace engine

@@ -14,10 +14,31 @@ struct Choice {
     const Kernels* kernels;
 };
 
+#if defined(__x86_64__)
+const Kernels& avx512_with_vnni() {
+    static const Kernels table = [] {
+        Kernels k = avx512::kernels();
+        k.linear_int = avx512vnni::linear_int;
+        return k;
+    }();
+    return table;
+}
+const Kernels& avx512_with_bf16() {  // every processor that has it has VNNI
+    static const Kernels table = [] {
+        Kernels k = avx512_with_vnni();
+        k.linear_panels = avx512bf16::linear_panels;
+        return k;
+    }();
+    return table;
+}
+#endif
+
 const Kernels* table(const std::string& isa) {
 #if defined(__x86_64__)
     if (isa == "avx2") return &avx2::kernels();
     if (isa == "avx512") return &avx512::kernels();
+    if (isa == "avx512vnni") return &avx512_with_vnni();
+    if (isa == "avx512bf16") return &avx512_with_bf16();
 #endif
     return isa == "portable" ? &portable::kernels() : nullptr;
 }
@@ -53,6 +74,10 @@ std::vector<std::string> supported_isas() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512dq")) {
             names.push_back("avx512");
+            if (__builtin_cpu_supports("avx512vnni")) {
+                names.push_back("avx512vnni");
+                if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512bf16");
+            }
         }
     }
 #endif
@@ -61,5 +86,12 @@ std::vector<std::string> supported_isas() {
 
 const std::string& active_isa() { return choice().isa; }
 const Kernels& active() { return *choice().kernels; }
+
+void linear(const LinearArgs& args) {
+    const Kernels& kernels = active();
+    if (args.format <= kRowsF16) return kernels.linear_rows(args);
+    if (args.format <= kPanelsF16) return kernels.linear_panels(args);
+    kernels.linear_int(args);
+}
 
 }  // namespace engine

@@ -16,4 +16,7 @@ std::vector<std::string> supported_isas();
 const std::string& active_isa();
 const Kernels& active();
 
+// The product of args.format by the active kernels.
+void linear(const LinearArgs& args);
+
 }  // namespace engine

@@ -185,7 +185,9 @@ struct RopeArgs {
 
 struct Kernels {
     // ---- linear ----
-    void (*linear)(const LinearArgs& args);
+    void (*linear_rows)(const LinearArgs& args);    // formats kRows*
+    void (*linear_panels)(const LinearArgs& args);  // kPanelsF32 to kPanelsF16
+    void (*linear_int)(const LinearArgs& args);     // kPanelsInt8, kPanelsInt4
     // Rows `tokens` of a matrix of k columns as float32 [count, k].
     void (*embed)(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
@@ -224,6 +226,12 @@ const Kernels& kernels();
 }
 namespace avx512 {
 const Kernels& kernels();
+}
+namespace avx512vnni {
+void linear_int(const LinearArgs& args);
+}
+namespace avx512bf16 {
+void linear_panels(const LinearArgs& args);
 }
 #endif
 

@@ -62,7 +62,10 @@ def test_packed_computes_the_same_function(raw: dict[str, Any], dtype: torch.dty
     tokens = some_tokens(40, load(model).config.vocab_size)
     shared = run_logits(load(model).model, tokens)
     packed = load(model, weights="packed").model
-    assert (run_logits(packed, tokens) - shared).abs().max() < TOLERANCE
+    if dtype == torch.bfloat16:  # beside packed bfloat16 weights, activations are rounded to bfloat16 before each product
+        assert 0 < (run_logits(packed, tokens) - shared).norm() < 0.005 * shared.norm()
+    else:
+        assert (run_logits(packed, tokens) - shared).abs().max() < TOLERANCE
     assert torch.equal(run_logits(packed, tokens, chunks=[1, 2, 7, 13, 17]), run_logits(packed, tokens))
 
 

@@ -105,7 +105,7 @@ def test_limit_of_a_step_is_the_larger_of_bytes_and_operations() -> None:
 def cell(contender: str, rate: float, *, case: str = "b1", group: str = "fp32") -> dict[str, Any]:
     return {
         "model": "S", "weights": group, "case": case, "contender": contender, "format": group, "tokens_per_second": summary(rate),
-        "limit": 200.0, "limit_share": rate / 200, "agreement": 1.0,
+        "limit": 200.0, "limit_share": rate / 200, "agreement": 1.0, "first_agreement": 1.0,
     }  # fmt: skip
 
 

@@ -11,11 +11,10 @@
 // broadcasts walk memory in order.
 //
 // Threads share out panels (times groups of rows), neighbours in memory to one thread.
-#include <utility>
-
 #include "../kernels.h"
 #include "../thread_pool.h"
 #include "linear.h"
+#include "linear_panels_pack.h"
 #include "linear_panels_tile.h"
 
 namespace engine {
@@ -30,10 +29,10 @@ constexpr int64_t kPassRows = 4 * kMaxRows * 4;  // rows of x packed at once, wh
 struct Plan {
     const LinearArgs* args;
     int64_t columns, panels;  // of all segments
-    int64_t depth;            // K, rounded up to whole steps
+    int64_t steps;            // along K
     int64_t m0, m;            // rows of x in this pass
     int64_t group, groups;    // rows of x per item
-    float* x;                 // packed: tiles of [depth][rows]
+    void* x;                  // packed: tiles of [steps][kWords][rows]
 };
 
 // Rows [i0, i0 + m) cut evenly into tiles.
@@ -58,24 +57,25 @@ Panel<T> locate(const Plan& plan, int64_t index) {
         index -= n;
         column += segment->n;
     }
-    return {segment, index * kPanel, column + index * kPanel, static_cast<const T*>(segment->weight) + index * plan.depth * kPanel};
+    return {segment, index * kPanel, column + index * kPanel,
+            static_cast<const T*>(segment->weight) + index * plan.steps * Walk<T>::kDepth * kPanel};
 }
 
 // The sums of one panel and the rows of one group, [m][kPanel].
 template <class T>
-void multiply_panel(const T* weight, const float* x, int64_t depth, int64_t m, float* sums) {
-    constexpr int kDepth = Walk<T>::kDepth, kLines = Walk<T>::kLines;
-    const Tiles tiles(m);
-    const char* after = reinterpret_cast<const char*>(weight);
+void multiply_panel(const T* weight, const typename Walk<T>::X* x, int64_t steps, int64_t m, float* sums) {
+    constexpr int kDepth = Walk<T>::kDepth, kLines = Walk<T>::kLines, kWords = Walk<T>::kWords;
     if (m <= kWideRows) {
         const Tile<T> run = tile_of<T, kPanelVectors, kLines, kWideRows>(m);
-        return run(weight, x, depth / kDepth, sums, true, after + kAhead);
+        return run(weight, x, steps, sums, true, reinterpret_cast<const char*>(weight) + kAhead);
     }
+    const Tiles tiles(m);
     constexpr int kParts = kPanelVectors / kNarrowVectors;  // of a panel's outputs
-    for (int64_t k = 0; k < depth; k += kChunk) {
-        const int64_t len = smaller(kChunk, depth - k), steps = len / kDepth;
-        const T* w = weight + k * kPanel;
-        const char* next = reinterpret_cast<const char*>(w + len * kPanel);
+    constexpr int64_t kChunkSteps = kChunk / kDepth;
+    for (int64_t s = 0; s < steps; s += kChunkSteps) {
+        const int64_t count = smaller(kChunkSteps, steps - s);
+        const T* w = weight + s * kDepth * kPanel;
+        const char* next = reinterpret_cast<const char*>(w + count * kDepth * kPanel);
         for (int64_t t = 0; t < tiles.count; ++t) {
             const int64_t i = tiles.begin(t), rows = tiles.begin(t + 1) - i;
             const Tile<T> fetching = tile_of<T, kNarrowVectors, 1, kNarrowRows>(rows),
@@ -84,8 +84,8 @@ void multiply_panel(const T* weight, const float* x, int64_t depth, int64_t m, f
                 // The last passes over the chunk fetch a line a step each, as many passes as a step has lines.
                 const int64_t left = (tiles.count - t) * kParts - part;
                 const int64_t lane = part * kNarrowVectors * kLanes;
-                (left <= kLines ? fetching : plain)(w + lane * kDepth, x + i * depth + k * rows, steps, sums + i * kPanel + lane, k == 0,
-                                                    next + (left - 1) * steps * 64);
+                (left <= kLines ? fetching : plain)(w + lane * kDepth, x + (i * steps + s * rows) * kWords, count, sums + i * kPanel + lane,
+                                                    s == 0, next + (left - 1) * count * 64);
             }
         }
     }
@@ -98,7 +98,8 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
         const Panel<T> panel = locate<T>(plan, item / plan.groups);
         const int64_t i0 = item % plan.groups * plan.group, m = smaller(plan.group, plan.m - i0);
-        multiply_panel(panel.weight, plan.x + i0 * plan.depth, plan.depth, m, sums);
+        const auto* x = static_cast<const typename Walk<T>::X*>(plan.x) + i0 * plan.steps * Walk<T>::kWords;
+        multiply_panel(panel.weight, x, plan.steps, m, sums);
         float bias[kPanel];
         const int64_t count = smaller(kPanel, panel.segment->n - panel.row);
         load_bias(*panel.segment, panel.row, count, bias);
@@ -107,28 +108,22 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
     }
 }
 
-// x of one tile as [depth][rows], zeros past K.
-void pack_tile(const LinearArgs& args, int64_t row, int64_t rows, int64_t depth, float* to) {
-    const float* from = args.x + row * args.x_stride;
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < args.k; ++k) to[k * rows + i] = from[i * args.x_stride + k];
-    for (int64_t k = args.k * rows; k < depth * rows; ++k) to[k] = 0;
-}
-
+template <class T>
 void pack_groups(const Plan& plan, int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
         const int64_t i0 = g * plan.group;
         const Tiles tiles(smaller(plan.group, plan.m - i0));
         for (int64_t t = 0; t < tiles.count; ++t) {
             const int64_t i = i0 + tiles.begin(t), rows = tiles.begin(t + 1) - tiles.begin(t);
-            pack_tile(*plan.args, plan.m0 + i, rows, plan.depth, plan.x + i * plan.depth);
+            const LinearArgs& args = *plan.args;
+            pack_tile<T>(args.x + (plan.m0 + i) * args.x_stride, args.x_stride, rows, args.k, plan.steps,
+                         static_cast<typename Walk<T>::X*>(plan.x) + i * plan.steps * Walk<T>::kWords);
         }
     }
 }
 
 template <class T>
 void run(const LinearArgs& args) {
-    constexpr int kDepth = Walk<T>::kDepth;
     Plan plan = {};
     plan.args = &args;
     for (int s = 0; s < args.num_segments; ++s) {
@@ -136,15 +131,15 @@ void run(const LinearArgs& args) {
         plan.panels += ceil_div(args.segments[s].n, kPanel);
     }
     if (plan.columns == 0) return;
-    plan.depth = ceil_div(args.k, kDepth) * kDepth;
+    plan.steps = ceil_div(args.k, Walk<T>::kDepth);
     const int64_t threads = num_threads();
     for (plan.m0 = 0; plan.m0 < args.m; plan.m0 += kPassRows) {
         plan.m = smaller(kPassRows, args.m - plan.m0);
         plan.groups = ceil_div(plan.m, kMaxRows);
         plan.group = ceil_div(ceil_div(plan.m, plan.groups), kNarrowRows) * kNarrowRows;
         plan.groups = ceil_div(plan.m, plan.group);
-        plan.x = static_cast<float*>(scratch(kCallScratch, plan.depth * plan.m * static_cast<int64_t>(sizeof(float))));
-        parallel_for(plan.groups, 1, [&](int64_t begin, int64_t end) { pack_groups(plan, begin, end); });
+        plan.x = scratch(kCallScratch, plan.steps * Walk<T>::kWords * plan.m * static_cast<int64_t>(sizeof(typename Walk<T>::X)));
+        parallel_for(plan.groups, 1, [&](int64_t begin, int64_t end) { pack_groups<T>(plan, begin, end); });
         // Long enough runs of items that memory is read in order, short enough that a thread that lost its CPU for a while delays nothing.
         const int64_t items = plan.panels * plan.groups;
         const bool small = plan.m * args.k * plan.columns < kSmallWork;

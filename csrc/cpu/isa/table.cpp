@@ -5,7 +5,10 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-void linear(const LinearArgs& args);  // linear.cpp
+void linear_rows(const LinearArgs& args);    // linear_rows.cpp
+void linear_panels(const LinearArgs& args);  // linear_panels.cpp
+void linear_int(const LinearArgs& args);     // linear_int.cpp
+// embed.cpp
 void embed(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
 float read_floats(const float* data, int64_t count);  // limits.cpp
@@ -29,7 +32,9 @@ const Kernels& kernels() {
     // Assigned one by one, not brace-initialised: families add theirs without depending on the order of the struct's members.
     static const Kernels table = [] {
         Kernels k{};
-        k.linear = linear;
+        k.linear_rows = linear_rows;
+        k.linear_panels = linear_panels;
+        k.linear_int = linear_int;
         k.read_floats = read_floats;
         k.multiply_adds = multiply_adds;
         k.attention_item = attention_item;

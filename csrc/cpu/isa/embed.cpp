@@ -1,8 +1,7 @@
-// linear for weights of every format, and embed: single rows of such a matrix. Each format's product has its own file.
-#include "linear.h"
-
+// Single rows of a matrix of any format, as floats.
 #include "../kernels.h"
 #include "../thread_pool.h"
+#include "linear.h"
 #include "simd.h"
 
 namespace engine {
@@ -70,12 +69,6 @@ RowOf row_of(WeightFormat format) {
 }
 
 }  // namespace
-
-void linear(const LinearArgs& args) {
-    if (args.format <= kRowsF16) return linear_rows(args);
-    if (args.format <= kPanelsF16) return linear_panels(args);
-    linear_int(args);
-}
 
 void embed(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out) {
     const RowOf row = row_of(format);
