@@ -102,6 +102,13 @@ def test_limit_of_a_step_is_the_larger_of_bytes_and_operations() -> None:
     assert limit(reads, "int8", suite_decode.PREFILL) is None
 
 
+def test_the_yardstick_is_what_the_same_rounds_could_read() -> None:
+    machine = measure.Machine(read_bandwidth=1.0, flop_rate=5.0)
+    slower = machine.during([0.5, 4.0, 2.0])
+    assert (slower.read_bandwidth, slower.flop_rate) == (measure.READ_BYTES / 2.0, 5.0)
+    assert machine.read_bandwidth == 1.0
+
+
 def cell(contender: str, rate: float, *, case: str = "b1", group: str = "fp32") -> dict[str, Any]:
     return {
         "model": "S", "weights": group, "case": case, "contender": contender, "format": group, "tokens_per_second": summary(rate),
