@@ -4,6 +4,7 @@ from .decoder import Decoder
 from .drafters.draft import Draft, Drafter
 from .drafters.lookup import PromptLookup, SuffixLookup
 from .drafters.model import DraftModel
+from .kernels import get_num_threads, set_num_threads
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
 from .params import BeamParams, SamplingParams
 
@@ -22,4 +23,6 @@ __all__ = [
     "StreamEvent",
     "SuffixLookup",
     "__version__",
+    "get_num_threads",
+    "set_num_threads",
 ]

@@ -23,13 +23,8 @@ class Runner:
         """Compute the plan's tokens; logits float32 ``[R, V]`` of ``plan.rows``, or None if no row needs any."""
         self.cache.copy_blocks(plan.copies)
         batch = self._batch(plan)
-        hidden = self.model.forward(batch, self.cache)
-        if batch.logit_rows.numel() == 0:
-            return None
-        # Followers want one row several times, so their number does not tell whether all rows are wanted once.
-        if batch.logit_rows.tolist() != list(range(hidden.shape[0])):
-            hidden = hidden.index_select(0, batch.logit_rows)
-        return self.model.logits(hidden)
+        logits = self.model.forward_logits(batch, self.cache)
+        return logits if plan.rows else None
 
     def _batch(self, plan: StepPlan) -> StepBatch:
         tokens: list[int] = []

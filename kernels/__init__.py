@@ -27,6 +27,7 @@ from .api import (
 )
 from .packed import PackedWeight, pack
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
+from .threads import get_num_threads, set_num_threads, threads_pinned
 
 __all__ = [
     "BACKENDS",
@@ -48,6 +49,7 @@ __all__ = [
     "beam_select",
     "cuda_reason",
     "embed",
+    "get_num_threads",
     "linear",
     "masses",
     "move_tokens",
@@ -57,7 +59,9 @@ __all__ = [
     "rope_append",
     "sample",
     "select",
+    "set_num_threads",
     "silu_mul",
+    "threads_pinned",
     "verify_block",
     "verify_drafts",
 ]

@@ -8,7 +8,7 @@ each backend where it reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -388,3 +388,25 @@ def _trees(q: Tensor, context_len: Tensor, tree_start: Tensor | None, ancestors:
     if ancestors.shape[0] != q.shape[0]:
         _shape("ancestors", ancestors, (q.shape[0],), "[T]")
     _device(q, (("tree_start", tree_start), ("ancestors", ancestors)))
+
+
+def step(batch: Any) -> None:
+    """The tensors of a step, ``engine.models.StepBatch``."""
+    _plain("tokens", batch.tokens, _I32, 1, "[T]")
+    for name in ("positions", "slots"):
+        t = getattr(batch, name)
+        _plain(name, t, _I32, 1, "[T]")
+        _shape(name, t, tuple(batch.tokens.shape), "[T]")
+    _plain("context_len", batch.context_len, _I32, 1, "[S]")
+    _plain("query_start", batch.query_start, _I32, 1, "[S + 1]")
+    _shape("query_start", batch.query_start, (len(batch.context_len) + 1,), "[S + 1]")
+    _plain("block_table", batch.block_table, _I32, 2, "[S, max_blocks]")
+    if len(batch.block_table) != len(batch.context_len):
+        raise ValueError(
+            f"block_table must have shape [S, max_blocks] with S = {len(batch.context_len)}, got {tuple(batch.block_table.shape)}"
+        )
+    _plain("logit_rows", batch.logit_rows, _I64, 1, "[R]")
+    if batch.tree_start is not None or batch.ancestors is not None:
+        _trees(batch.tokens, batch.context_len, batch.tree_start, batch.ancestors)
+    names = ("positions", "slots", "query_start", "context_len", "block_table", "logit_rows", "tree_start", "ancestors")
+    _device(batch.tokens, [(name, getattr(batch, name)) for name in names])

@@ -39,7 +39,14 @@ def unavailable(device_type: str) -> str | None:
 
 def describe() -> str:
     """Threads and instruction set in use, as one line."""
-    return f"{_cpu.num_threads()} threads; instruction set {_cpu.isa()}, of {', '.join(_cpu.supported_isas())}"
+    pinned = ", pinned" if _cpu.threads_pinned() else ""
+    return f"{_cpu.num_threads()} threads{pinned}; instruction set {_cpu.isa()}, of {', '.join(_cpu.supported_isas())}"
+
+
+def check_environment() -> None:
+    """``ValueError`` where ``ENGINE_NUM_THREADS`` or ``ENGINE_PIN_THREADS`` holds no such number."""
+    _cpu.num_threads()
+    _cpu.threads_pinned()
 
 
 def _on_cpu(name: str, t: Tensor) -> None:

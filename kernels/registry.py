@@ -85,6 +85,8 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
     if not order:
         raise RuntimeError(f"no backend can serve device {device_type!r}: {reasons}")
     modules = {name: _module(name) for name in order}
+    if "cpu" in order:
+        modules["cpu"].check_environment()  # here rather than in the midst of a step
     chosen = {op: next(name for name in order if hasattr(modules[name], op)) for op in OP_NAMES}
     slow = [op for op, name in chosen.items() if name == BACKENDS[-1]]
     if backend == "auto" and slow:

@@ -41,7 +41,8 @@ inline T* as(uintptr_t address) {
 }
 
 // Raises ValueError unless all of `values` lie in [low, high).
-inline void check_range(const char* name, const int32_t* values, int64_t count, int64_t low, int64_t high) {
+template <class Int>
+inline void check_range(const char* name, const Int* values, int64_t count, int64_t low, int64_t high) {
     for (int64_t i = 0; i < count; ++i) {
         if (values[i] < low || values[i] >= high)
             throw py::value_error(std::string(name) + " must hold values in [" + std::to_string(low) + ", " + std::to_string(high) +
@@ -49,10 +50,24 @@ inline void check_range(const char* name, const int32_t* values, int64_t count, 
     }
 }
 
+// Matrix i of a flat tuple of five numbers per matrix: its address, its scales' or 0, n, the bias's address or 0, the bias's dtype.
+constexpr size_t kSegmentFields = 5;
+inline LinearSegment segment_of(const py::tuple& segments, size_t i) {
+    const auto field = [&](size_t f) { return segments[kSegmentFields * i + f]; };
+    LinearSegment segment;
+    segment.weight = as<const void>(field(0).cast<uintptr_t>());
+    segment.scale = as<const float>(field(1).cast<uintptr_t>());
+    segment.n = field(2).cast<int64_t>();
+    segment.bias = as<const void>(field(3).cast<uintptr_t>());
+    segment.bias_dtype = static_cast<DType>(field(4).cast<int>());
+    return segment;
+}
+
 void bind_linear(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_beam(py::module_& m);
 void bind_elementwise(py::module_& m);
+void bind_forward(py::module_& m);
 void bind_limits(py::module_& m);
 void bind_sample(py::module_& m);
 void bind_verify(py::module_& m);

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_call.h"
 #include "bind.h"
 #include "thread_pool.h"
 
@@ -18,31 +19,6 @@ constexpr int64_t kInlineMerge = 256 * 1024;  // partial elements, likewise
 [[noreturn]] void bad(const std::string& message) { throw py::value_error(message); }
 
 std::string entry(const char* name, int64_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
-// The ragged batch: which query rows and tokens each sequence has, and which end in a tree of drafts.
-struct Batch {
-    const int32_t* query_start;  // [sequences + 1]
-    const int32_t* context_len;  // [sequences]
-    const int32_t* tree_start;   // [sequences], or null with ancestors: no trees
-    const uint64_t* ancestors;   // [tokens]
-    int64_t tokens, sequences;
-
-    // Sequence s; whole, as one tile.
-    AttentionItem sequence(int64_t s, int64_t group) const {
-        AttentionItem item{};
-        item.sequence = s;
-        item.first_token = query_start[s];
-        item.queries = int64_t{query_start[s + 1]} - query_start[s];
-        item.context = context_len[s];
-        if (tree_start != nullptr && tree_start[s] != -1) {
-            item.ancestors = ancestors + item.first_token;
-            item.tree_start = tree_start[s];
-        }
-        item.row_end = item.queries * group;
-        item.partial_offset = -1;
-        return item;
-    }
-};
 
 void check_tree(const AttentionItem& item) {
     const int64_t lowest = std::max<int64_t>(0, item.context - kMaxTreeTokens), first_query = item.context - item.queries;
@@ -65,8 +41,9 @@ void check_tree(const AttentionItem& item) {
     }
 }
 
-// The values inside the tensors: every block that will be read must exist.
-void check_batch(const AttentionArgs& a, const Batch& batch, int64_t num_blocks) {
+}  // namespace
+
+void check_attention(const AttentionArgs& a, const AttentionBatch& batch, int64_t num_blocks) {
     const int32_t* query_start = batch.query_start;
     const int64_t tokens = batch.tokens, sequences = batch.sequences, group = a.num_heads / a.num_kv_heads;
     if (query_start[0] != 0 || query_start[sequences] != tokens)
@@ -95,6 +72,8 @@ void check_batch(const AttentionArgs& a, const Batch& batch, int64_t num_blocks)
     }
 }
 
+namespace {
+
 // The work items of one call; its memory is kept between calls.
 struct Plan {
     std::vector<AttentionItem> items;   // run first
@@ -107,7 +86,7 @@ int64_t tile_tokens(const AttentionItem& tile, int64_t group, int64_t window) {
     return attention_range(tile, group, window, tile.row_end - 1).end - attention_range(tile, group, window, tile.row_begin).begin;
 }
 
-void make_plan(const AttentionArgs& a, const Batch& batch, Plan* plan) {
+void make_plan(const AttentionArgs& a, const AttentionBatch& batch, Plan* plan) {
     plan->items.clear();
     plan->merges.clear();
     plan->work = plan->partial_floats = 0;
@@ -156,7 +135,27 @@ void make_plan(const AttentionArgs& a, const Batch& batch, Plan* plan) {
     }
 }
 
-void paged_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, int dtype, uintptr_t block_table, uintptr_t query_start,
+}  // namespace
+
+void paged_attention(AttentionArgs args, const AttentionBatch& batch) {
+    static thread_local Plan plan;
+    Plan& mine = plan;  // the lambdas run on other threads, which have a `plan` of their own
+    make_plan(args, batch, &mine);
+    if (mine.partial_floats > 0)
+        args.partials = static_cast<float*>(scratch(kCallScratch, mine.partial_floats * static_cast<int64_t>(sizeof(float))));
+    const Kernels& kernels = active();
+    const int64_t count = static_cast<int64_t>(mine.items.size()), merges = static_cast<int64_t>(mine.merges.size());
+    parallel_for(count, mine.work <= kInlineWork ? count : 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels.attention_item(args, mine.items[static_cast<size_t>(i)]);
+    });
+    parallel_for(merges, mine.partial_floats <= kInlineMerge ? merges : 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels.attention_merge(args, mine.merges[static_cast<size_t>(i)]);
+    });
+}
+
+namespace {
+
+void bound_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, int dtype, uintptr_t block_table, uintptr_t query_start,
                      uintptr_t context_len, uintptr_t tree_start, uintptr_t ancestors, uintptr_t out, int64_t tokens, int64_t sequences,
                      int64_t max_blocks, int64_t num_blocks, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size,
                      float scale, int64_t window) {
@@ -175,31 +174,19 @@ void paged_attention(uintptr_t q, uintptr_t key_cache, uintptr_t value_cache, in
     args.block_size = block_size;
     args.window = window;
     args.scale = scale;
-    Batch batch{};
+    AttentionBatch batch{};
     batch.query_start = as<const int32_t>(query_start);
     batch.context_len = as<const int32_t>(context_len);
     batch.tree_start = as<const int32_t>(tree_start);
     batch.ancestors = as<const uint64_t>(ancestors);
     batch.tokens = tokens;
     batch.sequences = sequences;
-    check_batch(args, batch, num_blocks);
-    static thread_local Plan plan;
-    Plan& mine = plan;  // the lambdas run on other threads, which have a `plan` of their own
-    make_plan(args, batch, &mine);
-    if (mine.partial_floats > 0)
-        args.partials = static_cast<float*>(scratch(kCallScratch, mine.partial_floats * static_cast<int64_t>(sizeof(float))));
-    const Kernels& kernels = active();
-    const int64_t count = static_cast<int64_t>(mine.items.size()), merges = static_cast<int64_t>(mine.merges.size());
-    parallel_for(count, mine.work <= kInlineWork ? count : 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernels.attention_item(args, mine.items[static_cast<size_t>(i)]);
-    });
-    parallel_for(merges, mine.partial_floats <= kInlineMerge ? merges : 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernels.attention_merge(args, mine.merges[static_cast<size_t>(i)]);
-    });
+    check_attention(args, batch, num_blocks);
+    paged_attention(args, batch);
 }
 
 }  // namespace
 
-void bind_attention(py::module_& m) { m.def("paged_attention", &paged_attention); }
+void bind_attention(py::module_& m) { m.def("paged_attention", &bound_attention); }
 
 }  // namespace engine

@@ -8,23 +8,15 @@ namespace engine {
 namespace {
 
 constexpr size_t kMaxWeights = 16;
-constexpr size_t kFields = 5;  // of a weight in `segments`: its address, its scales' or 0, n, the bias's address or 0, the bias's dtype
 
 void bound_linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple& segments, int format, uintptr_t residual,
                   uintptr_t out) {
-    const size_t count = segments.size() / kFields;
+    const size_t count = segments.size() / kSegmentFields;
     if (count > kMaxWeights) {
         throw py::value_error("weights must hold at most " + std::to_string(kMaxWeights) + " matrices, got " + std::to_string(count));
     }
     LinearSegment parsed[kMaxWeights];
-    for (size_t i = 0; i < count; ++i) {
-        const auto field = [&](size_t f) { return segments[kFields * i + f]; };
-        parsed[i].weight = as<const void>(field(0).cast<uintptr_t>());
-        parsed[i].scale = as<const float>(field(1).cast<uintptr_t>());
-        parsed[i].n = field(2).cast<int64_t>();
-        parsed[i].bias = as<const void>(field(3).cast<uintptr_t>());
-        parsed[i].bias_dtype = static_cast<DType>(field(4).cast<int>());
-    }
+    for (size_t i = 0; i < count; ++i) parsed[i] = segment_of(segments, i);
     LinearArgs args = {};
     args.x = as<const float>(x);
     args.x_stride = x_stride;

@@ -3,20 +3,23 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
 namespace engine {
 namespace {
 
-constexpr int kMaxThreads = 1024;                       // more than any machine this runs on has, fewer than the system refuses
 constexpr auto kSpin = std::chrono::microseconds(100);  // a decode step leaves gaps of tens of microseconds between kernels
 
 inline void pause() {
@@ -37,19 +40,48 @@ int quota_cpus() {
     return quota > 0 && period > 0 ? static_cast<int>((quota + period - 1) / period) : 0;
 }
 
-int default_threads() {
-    if (const char* text = std::getenv("ENGINE_NUM_THREADS")) {
-        const int n = std::atoi(text);
-        if (n >= 1) return n < kMaxThreads ? n : kMaxThreads;
-    }
-    int cpus = static_cast<int>(std::thread::hardware_concurrency());
+// A whole number from the environment, or `missing` where the variable is unset or empty. Throws std::invalid_argument for anything else.
+int from_environment(const char* name, int low, int high, int missing) {
+    const char* text = std::getenv(name);
+    if (text == nullptr || *text == '\0') return missing;
+    char* end = nullptr;
+    errno = 0;
+    const long n = std::strtol(text, &end, 10);
+    if (*end != '\0' || errno != 0 || n < low || n > high)
+        throw std::invalid_argument(std::string(name) + " is '" + text + "'; it must be a whole number from " + std::to_string(low) +
+                                    " to " + std::to_string(high));
+    return static_cast<int>(n);
+}
+
+// The CPUs that this thread may run on, in order; none where the system does not tell.
+std::vector<int> allowed_cpus() {
+    std::vector<int> cpus;
 #if defined(__linux__)
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
+    if (sched_getaffinity(0, sizeof(set), &set) == 0)
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+            if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
 #endif
+    return cpus;
+}
+
+void pin(std::thread& thread, int cpu) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);  // where it fails, the thread runs unpinned
+#else
+    static_cast<void>(thread), static_cast<void>(cpu);
+#endif
+}
+
+int default_threads() {
+    const int allowed = static_cast<int>(allowed_cpus().size());
+    int cpus = allowed > 0 ? allowed : static_cast<int>(std::thread::hardware_concurrency());
     const int quota = quota_cpus();
     if (quota > 0 && quota < cpus) cpus = quota;
-    return cpus >= 1 ? cpus : 1;
+    return from_environment("ENGINE_NUM_THREADS", 1, kMaxThreads, std::min(std::max(cpus, 1), kMaxThreads));
 }
 
 thread_local bool inside = false;  // this thread is running chunks: a nested parallel_for runs inline
@@ -59,8 +91,12 @@ thread_local bool inside = false;  // this thread is running chunks: a nested pa
 // to wake a sleeping worker never waits for it.
 class Pool {
   public:
-    explicit Pool(int threads) : size_(threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    Pool(int threads, bool pinned) : size_(threads), pinned_(pinned) {
+        const std::vector<int> cpus = pinned ? allowed_cpus() : std::vector<int>();
+        for (int i = 1; i < threads; ++i) {
+            workers_.emplace_back([this] { work(); });
+            if (!cpus.empty()) pin(workers_.back(), cpus[static_cast<size_t>(i) % cpus.size()]);
+        }
     }
 
     ~Pool() {
@@ -73,6 +109,7 @@ class Pool {
     }
 
     int size() const { return size_; }
+    bool pinned() const { return pinned_; }
 
     void run(int64_t n, int64_t grain, RangeFn fn, void* context) {
         n_ = n;
@@ -80,8 +117,8 @@ class Pool {
         fn_ = fn;
         context_ = context;
         next_.store(0, std::memory_order_relaxed);
-        const uint64_t ticket = state_.load(std::memory_order_relaxed) / kEpoch + 1;
-        state_.store(ticket * kEpoch + kOpen);  // sequentially consistent, as is sleepers_: either we see the sleeper or it sees the job
+        // A new epoch, open. Sequentially consistent, as is sleepers_: either we see the sleeper or it sees the job.
+        state_.fetch_add(kEpoch + kOpen);
         if (sleepers_.load() > 0) {
             std::lock_guard<std::mutex> lock(sleep_mutex_);
             wake_.notify_all();
@@ -108,13 +145,19 @@ class Pool {
         inside = false;
     }
 
-    bool enter(uint64_t epoch) {
-        uint64_t state = state_.load(std::memory_order_acquire);
-        while (state / kEpoch == epoch && (state & kOpen) != 0) {
-            if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) return true;
+    // Count this helper in. True if a job is open, whose epoch `seen` becomes; otherwise it is counted out again. One addition and no loop:
+    // dozens of helpers enter at the same time.
+    bool enter(uint64_t* seen) {
+        const uint64_t state = state_.fetch_add(1, std::memory_order_acq_rel);
+        if ((state & kOpen) != 0) {
+            *seen = state / kEpoch;
+            return true;
         }
+        leave();
         return false;
     }
+
+    void leave() { state_.fetch_sub(1, std::memory_order_acq_rel); }
 
     void work() {
 #if defined(__x86_64__)
@@ -138,14 +181,15 @@ class Pool {
             }
             if (stop_.load()) return;
             seen = epoch;
-            if (enter(epoch)) {
+            if (enter(&seen)) {
                 chunks();
-                state_.fetch_sub(1, std::memory_order_acq_rel);
+                leave();
             }
         }
     }
 
     const int size_;
+    const bool pinned_;
     int64_t n_ = 0, grain_ = 1;
     RangeFn fn_ = nullptr;
     void* context_ = nullptr;
@@ -164,7 +208,8 @@ std::mutex& turn() {
     return *mutex;
 }
 Pool* pool = nullptr;
-std::atomic<int> wanted{0};  // 0: not asked for yet
+std::atomic<int> wanted{0};       // 0: not asked for yet
+std::atomic<int> wanted_pin{-1};  // likewise -1
 
 // A fork copies only the forking thread: wait until no job runs, and in the child forget the pool (its threads do not exist there; joining
 // or freeing it would hang, so its memory is given up) and start a new one on demand.
@@ -191,6 +236,12 @@ int wanted_threads() {
     return n;
 }
 
+bool wanted_pinned() {
+    int pin = wanted_pin.load(std::memory_order_relaxed);
+    if (pin < 0) wanted_pin.store(pin = from_environment("ENGINE_PIN_THREADS", 0, 1, 0));
+    return pin != 0;
+}
+
 struct Buffer {
     void* data = nullptr;
     int64_t bytes = 0;
@@ -201,11 +252,13 @@ struct Buffer {
 
 int num_threads() { return wanted_threads(); }
 
-void set_num_threads(int n) {
+bool threads_pinned() { return wanted_pinned(); }
+
+void set_num_threads(int n, bool pin) {
     std::lock_guard<std::mutex> lock(turn());
-    n = n < 1 ? 1 : n;
     wanted.store(n);
-    if (pool != nullptr && pool->size() != n) {
+    wanted_pin.store(pin);
+    if (pool != nullptr && (pool->size() != n || pool->pinned() != pin)) {
         delete pool;
         pool = nullptr;
     }
@@ -218,7 +271,7 @@ void parallel_for(int64_t n, int64_t grain, RangeFn fn, void* context) {
         return;
     }
     std::lock_guard<std::mutex> lock(turn());
-    if (pool == nullptr) pool = new Pool(wanted_threads());
+    if (pool == nullptr) pool = new Pool(wanted_threads(), wanted_pinned());
     pool->run(n, grain, fn, context);
 }
 

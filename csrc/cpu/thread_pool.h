@@ -9,10 +9,17 @@ namespace engine {
 constexpr unsigned kDefaultControl = 0x1f80;  // of MXCSR: round to nearest even, exceptions masked, subnormal numbers as they are
 #endif
 
+constexpr int kMaxThreads = 1024;  // more than any machine this runs on has, fewer than the system refuses
+
 // Threads that take part in a parallel_for, the caller included. Default: ENGINE_NUM_THREADS, else the CPUs this process may run on (its
 // affinity mask, and its control group's quota if that is less).
 int num_threads();
-void set_num_threads(int n);  // n >= 1; waits for a running parallel_for to end
+
+// Whether each of them but the caller stays on one CPU: helper i on the i-th that the process may run on. Default: ENGINE_PIN_THREADS, else
+// not. Both throw std::invalid_argument when their variable holds no such number.
+bool threads_pinned();
+
+void set_num_threads(int n, bool pin);  // 1 <= n <= kMaxThreads; waits for a running parallel_for to end
 
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
@@ -31,8 +38,9 @@ static inline void parallel_for(int64_t n, int64_t grain, const F& f) {
 
 // A growable 64-byte aligned buffer of the calling thread, kept between calls; its contents last until the thread asks for the same slot
 // again. kCallScratch is meant for what the caller prepares before a parallel_for and all threads read, kThreadScratch for what each thread
-// uses inside. Throws std::bad_alloc; the pointer is valid until a larger size is asked for.
-enum ScratchSlot { kCallScratch = 0, kThreadScratch = 1, kNumScratchSlots = 2 };
+// uses inside, kStepScratch for what lasts from kernel to kernel of a step. Throws std::bad_alloc; the pointer is valid until a larger size
+// is asked for.
+enum ScratchSlot { kCallScratch = 0, kThreadScratch = 1, kStepScratch = 2, kNumScratchSlots = 3 };
 void* scratch(ScratchSlot slot, int64_t bytes);
 
 }  // namespace engine

@@ -287,7 +287,7 @@ class DraftModel:
             tree_start=torch.tensor(tree_start, dtype=i32),
             ancestors=torch.tensor(ancestors),
         )
-        return self.model.logits(self.model.forward(batch, self._runner.cache))
+        return self.model.forward_logits(batch, self._runner.cache)
 
     def _run(self, shares: Sequence[tuple[_Copy, int, bool]]) -> Any:
         plan = StepPlan([ScheduledSequence(copy.request, copy, copy.num_computed, n, (copy,) if last else ()) for copy, n, last in shares])

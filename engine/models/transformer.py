@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.forward import one_call
 from ..kernels.registry import Ops
 from .batch import StepBatch
 from .config import ModelConfig
@@ -43,6 +44,7 @@ class Transformer:
         self.weights = weights
         self.ops = ops
         self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
+        self._one_call = one_call(ops, config, weights, self.cos, self.sin)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,13 +61,26 @@ class Transformer:
                 tensors += part if isinstance(part, tuple) else [] if part is None else [part]
         return sum(tensor.nbytes for tensor in tensors)
 
-    @torch.no_grad()  # the weights may be Parameters that want gradients
     def forward(self, batch: StepBatch, cache: Cache) -> Tensor:
         """Run the T tokens of a step and write their keys and values into ``cache``.
 
         Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns the final hidden states, final
         norm applied: float32 ``[T, hidden_size]``.
         """
+        return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.hidden_states(batch, cache)
+
+    def forward_logits(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """Run the tokens of a step as ``forward`` does, then the LM head on the rows ``batch.logit_rows``: float32 ``[R, vocab_size]``.
+
+        To the bit what ``forward`` and ``logits`` give; where both are one call, rows that nobody asks for end in the last layer.
+        """
+        if self._one_call is not None:
+            return self._one_call.logits(batch, cache)
+        return self.logits(self._op_by_op(batch, cache).index_select(0, batch.logit_rows))
+
+    @torch.no_grad()  # the weights may be Parameters that want gradients
+    def _op_by_op(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """``forward`` over any backend's ops; what ``kernels.forward`` does in one call."""
         config, ops = self.config, self.ops
         linear, rms_norm, eps = ops.linear, ops.rms_norm, config.norm_eps
         interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
