@@ -44,7 +44,8 @@ class Decoder:
         weights: "shared": read where they lie (a live model's changes are seen by the next step, nothing is copied); "packed": an own copy
             in the kernels' order, faster with several rows a step; "int8" or "int4": that copy quantised, per output channel or in groups
             of 32 inputs, with activations in int8. Default: "shared" for a live model, "packed" for a path.
-        kv_dtype: ``torch.float32`` or ``torch.bfloat16``; default: bfloat16 for bfloat16 weights, else float32.
+        kv_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a quarter of the memory and reading of float32, for a small
+            error of the logits); default: bfloat16 for bfloat16 weights, else float32.
         kernels: a backend's name, or "auto" for the fastest present.
         max_batch_size: most sequences decoded in one step.
         max_batch_tokens: most query tokens in one step, prompts included.
@@ -88,7 +89,7 @@ class Decoder:
             if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
-            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32 or torch.bfloat16")
+            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
         self.ops = kernels_module.select("cpu", kernels)
         loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights)
         self.model = loaded.model

@@ -7,11 +7,11 @@ import os
 import torch
 from torch import Tensor
 
+from .kernels.checks import CACHE_DTYPES, SCALE_BYTES, SUB_BLOCK
 from .kernels.registry import Ops
 
 # The cache takes memory as it fills; by default it may come to this share of what is free.
 DEFAULT_SHARE = 0.25
-SUB_BLOCK = 16  # tokens whose keys lie side by side (kernels/api.py)
 
 
 class KVCache:
@@ -21,27 +21,28 @@ class KVCache:
         num_layers, num_kv_heads, head_dim: the model's.
         num_blocks: blocks of ``block_size`` tokens; each exists once per layer.
         block_size: a positive multiple of 16.
-        dtype: ``torch.float32`` or ``torch.bfloat16``.
+        dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a scale for each token and KV head of keys and of values).
 
     Memory is reserved at once and, on a CPU, taken page by page as blocks are first written.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, *, num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"kv_dtype is {dtype}; the cache can hold torch.float32 or torch.bfloat16")
-        sub_blocks = block_size // SUB_BLOCK
-        self._keys = torch.empty(num_layers, num_blocks, num_kv_heads, sub_blocks, head_dim, SUB_BLOCK, dtype=dtype)
-        self._values = torch.empty(num_layers, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype)
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_dtype is {dtype}; the cache can hold torch.float32, torch.bfloat16 or torch.int8")
+        blocks = (num_layers, num_blocks, num_kv_heads)
+        sub_blocks = (*blocks, block_size // SUB_BLOCK, _sub_block_rows(head_dim, dtype), SUB_BLOCK)
+        self._keys = torch.empty(sub_blocks, dtype=dtype)
+        self._values = torch.empty(sub_blocks if dtype == torch.int8 else (*blocks, block_size, head_dim), dtype=dtype)
         # Views made once: indexing a tensor in the hot path costs more than a list does.
         self._key_layers = list(self._keys.unbind(0))
         self._value_layers = list(self._values.unbind(0))
 
     def key(self, layer: int) -> Tensor:
-        """``[num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``"""
+        """``[num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``, of int8 with its scales (``kernels/api.py``)."""
         return self._key_layers[layer]
 
     def value(self, layer: int) -> Tensor:
-        """``[num_blocks, num_kv_heads, block_size, head_dim]``"""
+        """``[num_blocks, num_kv_heads, block_size, head_dim]``, of int8 as the keys."""
         return self._value_layers[layer]
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -68,8 +69,13 @@ class KVCache:
 
 
 def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    return 2 * num_layers * num_kv_heads * head_dim * block_size * dtype.itemsize
+    """Bytes of one block over all layers, keys and values, scales included."""
+    return 2 * num_layers * num_kv_heads * _sub_block_rows(head_dim, dtype) * block_size * dtype.itemsize
+
+
+def _sub_block_rows(head_dim: int, dtype: torch.dtype) -> int:
+    """Rows of 16 elements of a sub-block: of ``head_dim``, and in an int8 cache those that the scales take."""
+    return head_dim + SCALE_BYTES if dtype == torch.int8 else head_dim
 
 
 def available_memory() -> int:

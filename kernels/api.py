@@ -10,6 +10,11 @@ Words used throughout:
 * ``key_cache [num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``: within a sub-block of 16 tokens the tokens are contiguous,
   so that scores of 16 keys come from vector loads without horizontal sums.
 * ``value_cache [num_blocks, num_kv_heads, block_size, head_dim]``.
+* An int8 cache holds a token's keys (values) of a KV head as integers of at most 127 in size times one float32 scale. Both caches are
+  ``[num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16]``: after the ``16 * head_dim`` bytes of a sub-block, ordered as above,
+  lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest magnitude / 127; the integers are the
+  elements / scale, rounded to the nearest (ties to even). Where an element is not finite the scale is NaN; where it is NaN or 0 (also by
+  underflow) the integers are 0.
 * Row-invariance: every op computes a row of its result with the same operations in the same order whatever other rows are in the call
   and however many threads run it.
 """
@@ -168,8 +173,8 @@ def rope_append(
     ``qkv [T, (num_heads + 2 * num_kv_heads) * D]`` float32: queries, then keys, then values of each token. ``positions``, ``slots``: int32
     ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated (RoPE, Su
     et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i. ``q_norm``
-    and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32 or bf16 (round to
-    nearest even). A slot of -1 writes nothing.
+    and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32, bf16 (round to
+    nearest even) or int8. A slot of -1 writes nothing.
     """
     return default_ops("qkv", qkv).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
@@ -197,7 +202,8 @@ def paged_attention(
     ``[S]``) tokens, whose keys and values are already in the cache; its blocks are ``block_table[s, :]`` (int32 ``[S, max_blocks]``). Query
     row i attends keys ``0..p`` with ``p = context_len - num_queries + i``, or the last ``window`` of those if ``window > 0``. Cache slots
     no row may see are never read into a result, whatever they hold. Keys are walked in fixed absolute splits of 512, merged in order
-    (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits.
+    (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits. Arithmetic is in float32, whatever
+    the cache holds.
 
     Trees of drafts (tree attention, Miao et al. 2024): ``tree_start`` int32 ``[S]`` and ``ancestors`` int64 ``[T]``, both or neither. A
     sequence with ``tree_start[s] >= 0`` ends in a tree: its tokens from there on, at most 64 and all of its query rows among them, are
@@ -216,7 +222,8 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
     """Copy the keys and values of single tokens between slots, in all layers; all are read before any is written.
 
     ``key_cache [num_layers, num_blocks, num_kv_heads, block_size // 16, head_dim, 16]`` and ``value_cache [num_layers, num_blocks,
-    num_kv_heads, block_size, head_dim]``, contiguous. ``source``, ``target``: slots, int32 ``[N]``; the targets distinct.
+    num_kv_heads, block_size, head_dim]``, contiguous; of int8 likewise the caches of all layers, whose scales move too. ``source``,
+    ``target``: slots, int32 ``[N]``; the targets distinct.
     """
     default_ops("key_cache", key_cache).move_tokens(key_cache, value_cache, source, target)
 

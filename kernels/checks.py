@@ -16,7 +16,8 @@ from torch import Tensor
 from .packed import PackedWeight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CACHE_DTYPES = (torch.float32, torch.bfloat16)
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+SCALE_BYTES = 4  # of a token's scale in an int8 cache
 _F32 = (torch.float32,)
 _I32 = (torch.int32,)
 _I64 = (torch.int64,)
@@ -139,20 +140,25 @@ class CacheShape(NamedTuple):
 
 def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
     """Check the two caches against each other and return their sizes."""
-    _plain("key_cache", key_cache, CACHE_DTYPES, 5, "[num_blocks, num_kv_heads, block_size / 16, head_dim, 16]")
+    _dtype("key_cache", key_cache, CACHE_DTYPES)
+    scaled = key_cache.dtype == torch.int8
+    layout = f"[num_blocks, num_kv_heads, block_size / 16, head_dim{' + 4' if scaled else ''}, 16]"
+    _plain("key_cache", key_cache, CACHE_DTYPES, 5, layout)
     num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
     if lanes != SUB_BLOCK:
-        raise ValueError(
-            f"key_cache must have shape [num_blocks, num_kv_heads, block_size / 16, head_dim, 16], got {tuple(key_cache.shape)}"
-        )
+        raise ValueError(f"key_cache must have shape {layout}, got {tuple(key_cache.shape)}")
+    if scaled:
+        head_dim -= SCALE_BYTES
     if head_dim % 8 or not 8 <= head_dim <= 256:
         raise ValueError(f"head_dim must be a multiple of 8 in 8..256, got {head_dim} in key_cache {tuple(key_cache.shape)}")
     if num_kv_heads < 1 or sub_blocks < 1:
         raise ValueError(f"key_cache must have at least one KV head and one sub-block, got {tuple(key_cache.shape)}")
     block_size = sub_blocks * SUB_BLOCK
     _dtype("value_cache", value_cache, (key_cache.dtype,))
-    expected = (num_blocks, num_kv_heads, block_size, head_dim)
-    if value_cache.shape != expected:
+    if scaled:
+        _shape("value_cache", value_cache, tuple(key_cache.shape), layout)
+    else:
+        expected = (num_blocks, num_kv_heads, block_size, head_dim)
         _shape("value_cache", value_cache, expected, "[num_blocks, num_kv_heads, block_size, head_dim]")
     _contiguous("value_cache", value_cache)
     return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
@@ -178,14 +184,18 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
 def _usual_cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape | None:
     num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
     block_size = sub_blocks * SUB_BLOCK
+    values: tuple[int, ...] = (num_blocks, num_kv_heads, block_size, head_dim)
+    if key_cache.dtype is torch.int8:
+        values = key_cache.shape
+        head_dim -= SCALE_BYTES
     if (
-        (key_cache.dtype is torch.float32 or key_cache.dtype is torch.bfloat16)
+        key_cache.dtype in CACHE_DTYPES
         and key_cache.dtype is value_cache.dtype
         and lanes == SUB_BLOCK
         and num_kv_heads >= 1
         and sub_blocks >= 1
         and head_dim in _HEAD_DIMS
-        and value_cache.shape == (num_blocks, num_kv_heads, block_size, head_dim)
+        and value_cache.shape == values
         and key_cache.is_contiguous()
         and value_cache.is_contiguous()
         and key_cache.is_cpu

@@ -28,6 +28,7 @@ except ImportError as error:
 
 _F32 = torch.float32
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType in csrc/cpu/kernels.h
+_CACHE_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3}  # likewise
 # enum WeightFormat there: matrices in rows have the numbers of their dtypes, then come the packed ones
 _PACKED = {"float32": 3, "bfloat16": 4, "float16": 5, "int8": 6, "int4": 7}
 
@@ -184,7 +185,7 @@ def rope_append(
         q_weight, k_weight, norm_dtype = q_norm.data_ptr(), k_norm.data_ptr(), _DTYPE[q_norm.dtype]
     _cpu.rope_append(
         qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), key_cache.data_ptr(),
-        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _DTYPE[key_cache.dtype], norm_dtype, tokens, max_position,
+        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _CACHE_DTYPE[key_cache.dtype], norm_dtype, tokens, max_position,
         num_blocks, num_heads, num_kv_heads, head_dim, half, block_size, norm_eps, interleaved,
     )  # fmt: skip
     return out
@@ -223,9 +224,10 @@ def paged_attention(
     sequences, max_blocks = block_table.shape
     out = torch.empty_like(q)
     _cpu.paged_attention(
-        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _DTYPE[key_cache.dtype], block_table.data_ptr(), query_start.data_ptr(),
-        context_len.data_ptr(), 0 if tree_start is None else tree_start.data_ptr(), 0 if ancestors is None else ancestors.data_ptr(),
-        out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads, num_kv_heads, head_dim, block_size, scale, window,
+        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _CACHE_DTYPE[key_cache.dtype], block_table.data_ptr(),
+        query_start.data_ptr(), context_len.data_ptr(), 0 if tree_start is None else tree_start.data_ptr(),
+        0 if ancestors is None else ancestors.data_ptr(), out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads,
+        num_kv_heads, head_dim, block_size, scale, window,
     )  # fmt: skip
     return out
 

@@ -119,9 +119,33 @@ def rope_append(
     kept = slots >= 0
     slot = slots[kept].long()
     block, offset = slot // sizes.block_size, slot % sizes.block_size
-    key_cache[block, :, offset // checks.SUB_BLOCK, :, offset % checks.SUB_BLOCK] = k[kept].to(key_cache.dtype)
-    value_cache[block, :, offset] = v[kept].to(value_cache.dtype)
+    sub_block, lane = offset // checks.SUB_BLOCK, offset % checks.SUB_BLOCK
+    for cache, x, is_key in ((key_cache, k[kept], True), (value_cache, v[kept], False)):
+        elements, scales = _tokens(cache, sizes, is_key)
+        if scales is not None:
+            x, scales[0, block, :, sub_block, lane] = _quantised(x)
+        elements[0, block, :, sub_block, lane] = x.to(cache.dtype)
     return q.contiguous()
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` as integers and scales ``[...]``."""
+    largest = x.abs().amax(dim=-1)
+    scales = torch.where(largest.isfinite(), largest / 127, torch.nan)
+    integers = (x / scales[..., None]).clamp(-127, 127).round()
+    return torch.where(scales[..., None] > 0, integers, 0.0), scales
+
+
+def _tokens(cache: Tensor, sizes: checks.CacheShape, is_key: bool, layers: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Views of keys or values as ``[layers, num_blocks, num_kv_heads, sub-block, token in it, head_dim]``, and of the scales of an int8
+    cache as ``[layers, num_blocks, num_kv_heads, sub-block, token in it]``."""
+    scaled = cache.dtype == torch.int8
+    width = checks.SUB_BLOCK * sizes.head_dim
+    row = width + (checks.SUB_BLOCK * checks.SCALE_BYTES if scaled else 0)
+    rows = cache.view(layers, sizes.num_blocks, sizes.num_kv_heads, sizes.block_size // checks.SUB_BLOCK, row)
+    shape = (sizes.head_dim, checks.SUB_BLOCK) if is_key else (checks.SUB_BLOCK, sizes.head_dim)
+    elements = rows[..., :width].unflatten(-1, shape)
+    return elements.mT if is_key else elements, rows[..., width:].view(torch.float32) if scaled else None
 
 
 def paged_attention(
@@ -157,9 +181,7 @@ def paged_attention(
         blocks = block_table[s, first_block : -(-length // sizes.block_size)]
         _check_range(f"block_table[{s}, {first_block}:]", blocks, 0, sizes.num_blocks)
         blocks = blocks.long()
-        # [blocks, Hk, sub-blocks, D, 16] -> [Hk, tokens, D]
-        keys = key_cache[blocks].permute(1, 0, 2, 4, 3).reshape(sizes.num_kv_heads, -1, head_dim).float()
-        values = value_cache[blocks].transpose(0, 1).reshape(sizes.num_kv_heads, -1, head_dim).float()
+        keys, values = _dense(key_cache, sizes, True, blocks), _dense(value_cache, sizes, False, blocks)
         for i in range(queries):
             path = torch.arange(i + 1) if paths is None else torch.tensor(paths[i])
             seen = torch.cat((torch.arange(committed), committed + path))[-window:]  # all of them if 0
@@ -169,6 +191,15 @@ def paged_attention(
             scores = grouped @ keys.index_select(1, seen).transpose(1, 2) * scale
             out[start[s] + i] = (scores.softmax(dim=-1) @ values.index_select(1, seen)).view(num_heads, head_dim)
     return out
+
+
+def _dense(cache: Tensor, sizes: checks.CacheShape, is_key: bool, blocks: Tensor) -> Tensor:
+    """The keys or values of some blocks as float32 ``[num_kv_heads, tokens, head_dim]``."""
+    elements, scales = _tokens(cache, sizes, is_key)
+    x = elements[0, blocks].float()
+    if scales is not None:
+        x = x * scales[0, blocks][..., None]
+    return x.transpose(0, 1).reshape(sizes.num_kv_heads, -1, sizes.head_dim)
 
 
 def _check_batch(start: list[int], context: list[int], rows: int, capacity: int) -> None:
@@ -209,8 +240,10 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
         _check_range(name, slots, 0, sizes.num_blocks * sizes.block_size)
     (block, offset), (to_block, to_offset) = ((s.long() // sizes.block_size, s.long() % sizes.block_size) for s in (source, target))
     (sub_block, lane), (to_sub_block, to_lane) = ((o // checks.SUB_BLOCK, o % checks.SUB_BLOCK) for o in (offset, to_offset))
-    key_cache[:, to_block, :, to_sub_block, :, to_lane] = key_cache[:, block, :, sub_block, :, lane]
-    value_cache[:, to_block, :, to_offset] = value_cache[:, block, :, offset]
+    for cache, is_key in ((key_cache, True), (value_cache, False)):
+        for moved in _tokens(cache, sizes, is_key, len(cache)):
+            if moved is not None:
+                moved[:, to_block, :, to_sub_block, to_lane] = moved[:, block, :, sub_block, lane]
 
 
 def silu_mul(x: Tensor) -> Tensor:

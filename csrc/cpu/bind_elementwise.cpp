@@ -47,32 +47,33 @@ void rope_append(uintptr_t qkv, uintptr_t positions, uintptr_t slots, uintptr_t 
     active().rope_append(args);
 }
 
-// One token's elements of a cache, gathered to or scattered from a row: keys lie 16 tokens apart, values one.
+// One token's elements of a cache, and its scales in an int8 one, gathered to or scattered from a row. Elements lie `step` apart.
 template <class T>
-void copy_token(T* cache, int64_t heads, int64_t head_dim, int64_t head_stride, int64_t step, T* row, bool gather) {
-    for (int64_t h = 0; h < heads; ++h, cache += head_stride, row += head_dim)
-        for (int64_t d = 0; d < head_dim; ++d) {
-            if (gather)
-                row[d] = cache[d * step];
-            else
-                cache[d * step] = row[d];
-        }
+void copy_token(T* chunk, int64_t lane, int64_t heads, int64_t head_dim, int64_t head_stride, int64_t step, T* row, bool gather) {
+    const auto copy = [gather](T* cached, T* kept) { gather ? * kept = *cached : * cached = *kept; };
+    for (int64_t h = 0; h < heads; ++h, chunk += head_stride) {
+        T* cached = chunk + (step == 1 ? lane * head_dim : lane);
+        for (int64_t d = 0; d < head_dim; ++d) copy(cached + d * step, row++);
+        if constexpr (sizeof(T) == 1)
+            for (int64_t i = 0; i < int64_t{sizeof(float)}; ++i)
+                copy(chunk + kSubBlock * head_dim + lane * int64_t{sizeof(float)} + i, row++);
+    }
 }
 
 // The bytes are those of the tokens, some kilobytes each; the accepted nodes of a tree are few, so one thread does it.
 template <class T>
 void move_tokens_of(T* keys, T* values, const int32_t* source, const int32_t* target, int64_t count, int64_t layers, int64_t num_blocks,
                     int64_t heads, int64_t block_size, int64_t head_dim) {
-    const int64_t width = heads * head_dim, head_stride = block_size * head_dim, layer_stride = num_blocks * heads * head_stride;
+    const int64_t sub_block = sub_block_elements(head_dim, sizeof(T)), width = heads * sub_block / kSubBlock;
+    const int64_t head_stride = block_size / kSubBlock * sub_block, layer_stride = num_blocks * heads * head_stride;
     T* rows = static_cast<T*>(scratch(kCallScratch, 2 * count * width * static_cast<int64_t>(sizeof(T))));
     for (int64_t layer = 0; layer < layers; ++layer, keys += layer_stride, values += layer_stride) {
         for (const bool gather : {true, false}) {
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t slot = gather ? source[i] : target[i], block = slot / block_size, offset = slot % block_size;
-                T* key = keys + block * heads * head_stride + offset / kSubBlock * kSubBlock * head_dim + offset % kSubBlock;
-                T* value = values + block * heads * head_stride + offset * head_dim;
-                copy_token(key, heads, head_dim, head_stride, kSubBlock, rows + 2 * i * width, gather);
-                copy_token(value, heads, head_dim, head_stride, 1, rows + (2 * i + 1) * width, gather);
+                const int64_t first = block * heads * head_stride + offset / kSubBlock * sub_block, lane = offset % kSubBlock;
+                copy_token(keys + first, lane, heads, head_dim, head_stride, kSubBlock, rows + 2 * i * width, gather);
+                copy_token(values + first, lane, heads, head_dim, head_stride, 1, rows + (2 * i + 1) * width, gather);
             }
         }
     }
@@ -85,7 +86,9 @@ void move_tokens(uintptr_t keys, uintptr_t values, int64_t element_size, uintptr
     check_range("source", from, count, 0, num_blocks * block_size);
     check_range("target", to, count, 0, num_blocks * block_size);
     const Computing computing;
-    if (element_size == 4)
+    if (element_size == 1)
+        move_tokens_of(as<uint8_t>(keys), as<uint8_t>(values), from, to, count, layers, num_blocks, num_kv_heads, block_size, head_dim);
+    else if (element_size == 4)
         move_tokens_of(as<uint32_t>(keys), as<uint32_t>(values), from, to, count, layers, num_blocks, num_kv_heads, block_size, head_dim);
     else
         move_tokens_of(as<uint16_t>(keys), as<uint16_t>(values), from, to, count, layers, num_blocks, num_kv_heads, block_size, head_dim);

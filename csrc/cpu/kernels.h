@@ -6,7 +6,7 @@
 
 namespace engine {
 
-enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };  // the same numbers as in kernels/cpu.py
+enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3 };  // the same numbers as in kernels/cpu.py; kI8 only of a cache
 
 constexpr int32_t kOk = 0, kNan = 1, kNothingAllowed = 2;  // STATUS_* of kernels/api.py
 
@@ -49,10 +49,15 @@ constexpr int kSubBlock = 16;          // tokens that lie side by side in the ke
 constexpr int kAttentionSplit = 512;   // tokens whose softmax is taken on its own; a multiple of kSubBlock
 constexpr int kAttentionMaxRows = 64;  // of a work item
 constexpr int kMaxTreeTokens = 64;     // as many as a row of `ancestors` has bits
+// Elements of the cache that a sub-block takes, be it of keys [head_dim][16] or of values [16][head_dim]; those of int8 are followed by the
+// scales of the 16 tokens.
+inline __attribute__((always_inline)) int64_t sub_block_elements(int64_t head_dim, int64_t element_size) {
+    return kSubBlock * (head_dim + (element_size == 1 ? int64_t{sizeof(float)} : 0));
+}
 struct AttentionArgs {
     const float* q;           // [T, num_heads, head_dim]
-    const void* key_cache;    // [num_blocks, num_kv_heads, block_size / 16, head_dim, 16] of dtype
-    const void* value_cache;  // [num_blocks, num_kv_heads, block_size, head_dim] of dtype
+    const void* key_cache;    // sub-blocks [num_blocks, num_kv_heads, block_size / 16] of dtype
+    const void* value_cache;  // likewise
     const int32_t* block_table;
     float* out;       // [T, num_heads, head_dim]
     float* partials;  // scratch for tiles whose splits are several items

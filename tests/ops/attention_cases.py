@@ -12,6 +12,48 @@ from torch import Tensor
 
 GARBAGE = -123456  # where nothing may be read
 NAN = float("nan")
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of caches
+DTYPE_IDS = ("fp32", "bf16", "int8")
+
+
+def empty_caches(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values that all are NaN."""
+    if dtype == torch.int8:  # -1 four times is a NaN of float32
+        shape = (num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16)
+        return torch.full(shape, -1, dtype=dtype), torch.full(shape, -1, dtype=dtype)
+    key_cache = torch.full((num_blocks, num_kv_heads, block_size // 16, head_dim, 16), NAN, dtype=dtype)
+    return key_cache, torch.full((num_blocks, num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
+
+
+def int8_tokens(cache: Tensor, is_key: bool) -> tuple[Tensor, Tensor]:
+    """Views of an int8 cache: integers ``[num_blocks, sub-block, token in it, num_kv_heads, head_dim]`` and scales without the last."""
+    rows, head_dim = cache.flatten(-2), cache.shape[3] - 4
+    integers = rows[..., : 16 * head_dim]
+    integers = integers.unflatten(-1, (head_dim, 16)).mT if is_key else integers.unflatten(-1, (16, head_dim))
+    return integers.permute(0, 2, 3, 1, 4), rows[..., 16 * head_dim :].view(torch.float32).permute(0, 2, 3, 1)
+
+
+def put(cache: Tensor, is_key: bool, block: Tensor, offset: Tensor, x: Tensor | float) -> None:
+    """Write ``x [tokens, num_kv_heads, head_dim]`` or one value into slots. Of int8, values that are a scale times integers up to 127."""
+    if cache.dtype == torch.int8:
+        integers, scales = int8_tokens(cache, is_key)
+        if isinstance(x, float):
+            scales[block, offset // 16, offset % 16] = x
+        else:
+            largest = x.abs().amax(-1)
+            scales[block, offset // 16, offset % 16] = largest / 127
+            integers[block, offset // 16, offset % 16] = (x / (largest / 127)[..., None]).round().to(torch.int8)
+    elif is_key:
+        cache[block, :, offset // 16, :, offset % 16] = x
+    else:
+        cache[block, :, offset] = x
+
+
+def in_int8(x: Tensor) -> Tensor:
+    """Near ``x``, but what an int8 cache holds: integers of which the largest is 127, times scales so short that products are exact."""
+    scales = (x.abs().amax(-1) / 127).bfloat16().float()[..., None]
+    integers = (x / scales).round().clamp(-127, 127)
+    return integers.scatter(-1, x.abs().argmax(-1, keepdim=True), 127.0) * scales
 
 
 @dataclass
@@ -26,7 +68,7 @@ class Batch:
     context_len: Tensor
     scale: float
     window: int
-    keys: list[Tensor]  # per sequence [context, num_kv_heads, head_dim], rounded as the cache rounds
+    keys: list[Tensor]  # per sequence [context, num_kv_heads, head_dim], rounded as the cache rounds; float32 for int8
     values: list[Tensor]
     tree_start: Tensor | None = None
     ancestors: Tensor | None = None
@@ -70,17 +112,20 @@ class Batch:
             parts.append((scores.softmax(-1) @ values).permute(2, 0, 1, 3).flatten(1, 2))
         return torch.cat(parts)
 
+    @property
+    def block_size(self) -> int:
+        return self.key_cache.shape[2] * 16
+
     def slots(self, sequence: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks and the offsets in them of some tokens."""
-        block_size = self.value_cache.shape[2]
-        return self.block_table[sequence, tokens // block_size].long(), tokens % block_size
+        return self.block_table[sequence, tokens // self.block_size].long(), tokens % self.block_size
 
     def fill(self, sequence: int, tokens: Tensor, value: float) -> Batch:
         """The same with other contents in the slots of some tokens."""
         changed = replace(self, key_cache=self.key_cache.clone(), value_cache=self.value_cache.clone())
         block, offset = self.slots(sequence, tokens)
-        changed.key_cache[block, :, offset // 16, :, offset % 16] = value
-        changed.value_cache[block, :, offset] = value
+        put(changed.key_cache, True, block, offset, value)
+        put(changed.value_cache, False, block, offset, value)
         return changed
 
 
@@ -90,21 +135,21 @@ def page(
     keys: list[Tensor],
     values: list[Tensor],
     *,
+    dtype: torch.dtype,
     block_size: int = 16,
     window: int = 0,
     trees: Sequence[Sequence[int] | None] | None = None,
     seed: int = 0,
 ) -> Batch:
-    """Dense keys and values over blocks in random order; unused slots hold NaN, unused table entries garbage. ``trees``: the nodes'
-    ancestors (``masks``), or None for a causal sequence."""
+    """Dense keys and values over blocks of a cache of ``dtype``, in random order; unused slots hold NaN, unused table entries garbage.
+    ``trees``: the nodes' ancestors (``masks``), or None for a causal sequence."""
     contexts = [len(k) for k in keys]
-    num_kv_heads, head_dim, dtype = keys[0].shape[1], keys[0].shape[2], keys[0].dtype
+    num_kv_heads, head_dim = keys[0].shape[1], keys[0].shape[2]
     used = [-(-c // block_size) for c in contexts]
     blocks = torch.randperm(sum(used) + 3, generator=torch.Generator().manual_seed(seed))
     batch = Batch(
         q,
-        torch.full((len(blocks), num_kv_heads, block_size // 16, head_dim, 16), NAN, dtype=dtype),
-        torch.full((len(blocks), num_kv_heads, block_size, head_dim), NAN, dtype=dtype),
+        *empty_caches(len(blocks), num_kv_heads, block_size, head_dim, dtype),
         torch.full((len(contexts), max(used) + 2), GARBAGE, dtype=torch.int32),
         torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32),
         torch.tensor(contexts, dtype=torch.int32),
@@ -118,8 +163,8 @@ def page(
     for s, mine in enumerate(blocks.split([*used, 3])[:-1]):
         batch.block_table[s, : used[s]] = mine
         block, offset = batch.slots(s, torch.arange(contexts[s]))
-        batch.key_cache[block, :, offset // 16, :, offset % 16] = keys[s]
-        batch.value_cache[block, :, offset] = values[s]
+        put(batch.key_cache, True, block, offset, keys[s])
+        put(batch.value_cache, False, block, offset, values[s])
         if queries[s]:  # blocks that slid out of every window may have been freed
             oldest = int(batch.seen(s).any(0).int().argmax())
             batch.block_table[s, : (oldest if batch.tree(s) < 0 else min(oldest, batch.tree(s))) // block_size] = GARBAGE
@@ -141,11 +186,12 @@ def make_batch(
     """A random batch."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
+    round_ = in_int8 if dtype == torch.int8 else lambda x: x.to(dtype)
     keys, values = (
-        [torch.randn(context, num_kv_heads, head_dim, generator=generator).to(dtype) for context in contexts] for _ in range(2)
+        [round_(torch.randn(context, num_kv_heads, head_dim, generator=generator)) for context in contexts] for _ in range(2)
     )  # fmt: skip
     q = torch.randn(sum(queries), num_heads, head_dim, generator=generator)
-    return page(q, queries, keys, values, block_size=block_size, window=window, trees=trees, seed=seed)
+    return page(q, queries, keys, values, dtype=dtype, block_size=block_size, window=window, trees=trees, seed=seed)
 
 
 def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -> Batch:
@@ -157,7 +203,7 @@ def only(batch: Batch, sequence: int, first: int = 0, last: int | None = None) -
     part = batch.fill(sequence, torch.arange(context, whole), NAN)
     rows = slice(rows.start + first, rows.start + last)
     table = batch.block_table[sequence : sequence + 1].clone()
-    table[0, -(-context // batch.value_cache.shape[2]) :] = GARBAGE
+    table[0, -(-context // batch.block_size) :] = GARBAGE
     start, length = torch.tensor([0, last - first], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
     if batch.tree_start is not None and batch.ancestors is not None:
         part = replace(part, tree_start=batch.tree_start[sequence : sequence + 1], ancestors=batch.ancestors[rows])

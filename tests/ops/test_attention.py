@@ -12,14 +12,14 @@ from typing import Any, cast
 
 import pytest
 import torch
-from attention_cases import NAN, Batch, assert_close, make_batch, only
+from attention_cases import DTYPE_IDS, DTYPES, NAN, Batch, assert_close, int8_tokens, make_batch, only, put
 from torch import Tensor
 
 from engine import kernels
 from engine.kernels import checks, reference
 
 HEAD_DIMS: tuple[int, ...] = (8, 16, 32, 40, 48, 64, 80, 96, 128, 256)
-HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2))
+HEADS = ((1, 1), (4, 4), (4, 1), (8, 2), (6, 3), (14, 2), (5, 1), (8, 1), (6, 1), (3, 1))
 CONTEXTS: tuple[int, ...] = (1, 15, 16, 17, 31, 33, 511, 512, 513, 1100)
 QUERIES: tuple[int, ...] = (1, 2, 7, 8, 1, 2, 64, 1, 8, 7)
 WINDOWS = (0, 1, 16, 100)
@@ -36,7 +36,7 @@ def cpu() -> Any:
 
 def oracle_cases() -> Iterator[Batch]:
     """Every head dimension with every head count; windows, block sizes and cache types take turns."""
-    turns = itertools.cycle(itertools.product(WINDOWS, (16, 32), (torch.float32, torch.bfloat16)))
+    turns = itertools.cycle(itertools.product(WINDOWS, (16, 32), DTYPES))
     for head_dim, heads in itertools.product(HEAD_DIMS, HEADS):
         short = head_dim * heads[0] > 1024  # keep the float64 side quick
         for pick in (slice(6), slice(6, None)):
@@ -57,7 +57,7 @@ def test_matches_dense_float64(backend: str, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_matches_reference(cpu: Any, window: int, dtype: torch.dtype) -> None:
     batch = make_batch(CONTEXTS, [min(q, c) for q, c in zip(QUERIES, CONTEXTS, strict=True)], (8, 2), 64, dtype=dtype, window=window)
     torch.testing.assert_close(batch.run(cpu), batch.run(reference), atol=1e-5, rtol=0)
@@ -69,17 +69,21 @@ def test_matches_reference(cpu: Any, window: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [0, 1, 16, 100, 600])
 @pytest.mark.parametrize("heads", [(4, 4), (14, 2)])
 @pytest.mark.parametrize("context", [9, 40, 515, 1031, 1100])
-def test_verification_equals_single_steps(cpu: Any, context: int, heads: tuple[int, int], window: int) -> None:
-    batch = make_batch([context], [8], heads, 64, window=window, block_size=32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_verification_equals_single_steps(cpu: Any, dtype: torch.dtype, context: int, heads: tuple[int, int], window: int) -> None:
+    batch = make_batch([context], [8], heads, 64, window=window, block_size=32, dtype=dtype)
     whole = batch.run(cpu)
     for i in range(8):
         assert torch.equal(only(batch, 0, i, i + 1).run(cpu)[0], whole[i]), i
 
 
 @pytest.mark.parametrize("window", [0, 16, 100])
-@pytest.mark.parametrize(("context", "heads", "head_dim"), [(150, (6, 3), 48), (600, (2, 1), 80), (530, (1, 1), 8)])
-def test_prefill_chunks_equal_whole(cpu: Any, context: int, heads: tuple[int, int], head_dim: int, window: int) -> None:
-    batch = make_batch([context], [context], heads, head_dim, window=window, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("context", "heads", "head_dim", "dtype"),
+    [(150, (6, 3), 48, torch.int8), (600, (2, 1), 80, torch.bfloat16), (530, (1, 1), 8, torch.float32), (530, (5, 1), 72, torch.int8)],
+)
+def test_prefill_chunks_equal_whole(cpu: Any, context: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, window: int) -> None:
+    batch = make_batch([context], [context], heads, head_dim, window=window, dtype=dtype)
     whole = batch.run(cpu)
     for chunk, starts in ((1, range(0, context, 13)), (7, range(0, context, 7)), (64, range(0, context, 64))):
         for first in starts:
@@ -87,7 +91,7 @@ def test_prefill_chunks_equal_whole(cpu: Any, context: int, heads: tuple[int, in
             assert torch.equal(part.run(cpu), whole[first : first + chunk]), (chunk, first)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_alone_equals_in_a_batch(cpu: Any, dtype: torch.dtype) -> None:
     batch = make_batch(CONTEXTS, [min(q, c) for q, c in zip(QUERIES, CONTEXTS, strict=True)], (6, 3), 96, dtype=dtype)
     together = batch.run(cpu)
@@ -106,10 +110,22 @@ def test_block_order_does_not_matter(cpu: Any) -> None:
     assert torch.equal(moved.run(cpu), batch.run(cpu))
 
 
+@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_a_head_does_not_know_its_group(cpu: Any, dtype: torch.dtype, group: int) -> None:
+    """Tiles of every height: each query head has the bits that it gets as the only one of its KV head."""
+    batch = make_batch([600, 64], [3, 64], (2 * group, 2), 72, dtype=dtype)
+    whole = batch.run(cpu)
+    for head in range(group):
+        alone = replace(batch, q=batch.q[:, head::group].contiguous())
+        assert torch.equal(alone.run(cpu), whole[:, head::group]), head
+
+
 @pytest.mark.parametrize("queries", [1, 8, 300])
-def test_threads_do_not_matter(cpu: Any, queries: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_threads_do_not_matter(cpu: Any, dtype: torch.dtype, queries: int) -> None:
     """A long context at batch 1 is cut into more items the more threads there are."""
-    batch = make_batch([6000], [queries], (4, 2), 64)
+    batch = make_batch([6000], [queries], (4, 2), 64, dtype=dtype)
     before = cpu._cpu.num_threads()
     try:
         results = []
@@ -155,17 +171,14 @@ def test_a_bad_query_row_harms_only_itself(cpu: Any, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, torch.inf, -torch.inf])
-def test_bad_keys_and_values_harm_only_rows_that_see_them(cpu: Any, value: float) -> None:
-    batch = make_batch([700, 520, 33], [8, 64, 1], (4, 2), 64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+def test_bad_keys_and_values_harm_only_rows_that_see_them(cpu: Any, dtype: torch.dtype, value: float) -> None:
+    batch = make_batch([700, 520, 33], [8, 64, 1], (4, 2), 64, dtype=dtype)
     clean = batch.run(cpu)
     for cache in ("key_cache", "value_cache"):
         dirty = replace(batch, **{cache: getattr(batch, cache).clone()})
-        token = 520 - 30  # seen by the last 30 of the 64 rows of sequence 1
-        block, offset = batch.block_table[1, token // 16], token % 16
-        if cache == "key_cache":
-            dirty.key_cache[block, :, 0, :, offset] = value
-        else:
-            dirty.value_cache[block, :, offset] = value
+        token = torch.tensor([520 - 30])  # seen by the last 30 of the 64 rows of sequence 1
+        put(getattr(dirty, cache), cache == "key_cache", *batch.slots(1, token), value)
         out = dirty.run(cpu)
         first = 8 + 64 - 30
         assert torch.equal(out[:first], clean[:first]) and torch.equal(out[-1:], clean[-1:])
@@ -181,6 +194,16 @@ def test_split_of_minus_infinity_scores_weighs_nothing(cpu: Any) -> None:
     for token in range(512):
         batch.key_cache[batch.block_table[0, token // 16], :, 0, :, token % 16] = -torch.inf
         batch.keys[0][token] = -torch.inf
+    assert_close(batch, batch.run(cpu))
+
+
+def test_an_int8_token_of_zeros(cpu: Any) -> None:
+    """Scale 0: a score of 0 and a value of 0."""
+    batch = make_batch([40], [4], (4, 2), 16, dtype=torch.int8)
+    block, offset = batch.slots(0, torch.tensor([7]))
+    for cache, is_key, dense in ((batch.key_cache, True, batch.keys), (batch.value_cache, False, batch.values)):
+        int8_tokens(cache, is_key)[1][block, offset // 16, offset % 16] = 0.0
+        dense[0][7] = 0.0
     assert_close(batch, batch.run(cpu))
 
 
@@ -228,6 +251,11 @@ BAD: dict[str, tuple[Callable[[Batch], Batch], type[Exception], str]] = {
     "value shape": (lambda b: replace(b, value_cache=b.value_cache[:-1]), ValueError, "value_cache must have shape"),
     "value strides": (lambda b: replace(b, value_cache=b.value_cache.mT.contiguous().mT), ValueError, "value_cache must be contiguous"),
     "table dtype": (lambda b: replace(b, block_table=b.block_table.long()), TypeError, "block_table must be int32"),
+    "int8 value shape": (
+        lambda b: replace(b, key_cache=torch.zeros(20, 2, 1, 20, 16, dtype=torch.int8), value_cache=b.value_cache.to(torch.int8)),
+        ValueError,
+        r"value_cache must have shape .*head_dim \+ 4, 16\] = \(20, 2, 1, 20, 16\)",
+    ),
     "table rows": (lambda b: replace(b, block_table=b.block_table[:1]), ValueError, r"block_table .* S = 2, got \(1, "),
     "start length": (lambda b: replace(b, query_start=b.query_start[:2]), ValueError, r"query_start .* \(3,\), got \(2,\)"),
     "start end": (_entry("query_start", (2,), 4), ValueError, "query_start must run from 0 to the 3 rows of q, got 0 to 4"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import NAN, Batch, assert_close, make_batch, only, page
+from attention_cases import DTYPE_IDS, DTYPES, NAN, Batch, assert_close, make_batch, only, page
 from torch import Tensor
 
 from engine.kernels import cpu, reference
@@ -64,7 +64,7 @@ def tree(shape: str, size: int, seed: int = 0) -> list[int]:
 
 def assert_equals_paths(module: Any, batch: Batch, out: Tensor) -> None:
     """Each row has the bits that it gets where its path stands in consecutive slots of a sequence of its own."""
-    block_size = batch.value_cache.shape[2]
+    dtype, block_size = batch.key_cache.dtype, batch.block_size
     for s, (keys, values) in enumerate(zip(batch.keys, batch.values, strict=True)):
         rows, path = batch.rows(s), batch.path(s)
         first_query = len(keys) - len(path)
@@ -75,7 +75,7 @@ def assert_equals_paths(module: Any, batch: Batch, out: Tensor) -> None:
             tokens = path[row].nonzero()[:, 0]
             queries = tokens[tokens >= first_query] - first_query
             q = batch.q[rows][queries]
-            plain = page(q, [len(q)], [keys[tokens]], [values[tokens]], block_size=block_size, window=batch.window, seed=s + 1)
+            plain = page(q, [len(q)], [keys[tokens]], [values[tokens]], dtype=dtype, block_size=block_size, window=batch.window, seed=s + 1)
             assert torch.equal(plain.run(module), out[rows][queries]), f"sequence {s}, path {tokens[batch.tree(s) :].tolist()}"
             covered[queries] = True
 
@@ -84,7 +84,7 @@ def cases(starts: Sequence[int] = STARTS) -> Iterator[Batch]:
     """Every start with every size; the rest takes turns. Half of the trees come with all their nodes as queries, half with the last."""
     turns = zip(
         itertools.cycle(SHAPES), itertools.cycle(WINDOWS), itertools.cycle(HEADS + HEADS[:1]), itertools.cycle(HEAD_DIMS + HEAD_DIMS[2:]),
-        itertools.cycle((torch.float32, torch.bfloat16)), itertools.cycle((16, 16, 32)), itertools.count(), strict=False,
+        itertools.cycle(DTYPES + DTYPES[:1]), itertools.cycle((16, 16, 32)), itertools.count(), strict=False,
     )  # fmt: skip
     for (start, size), (shape, window, heads, head_dim, dtype, block_size, seed) in zip(
         itertools.product(starts, SIZES), turns, strict=False
@@ -130,7 +130,7 @@ def test_around_the_end_of_a_split(shape: str, window: int) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 def test_mixed_with_causal_sequences(dtype: torch.dtype, window: int) -> None:
     batch = mixed(dtype, window)
     together = batch.run(cpu)
@@ -177,7 +177,7 @@ def run_cases() -> None:
     """Run in a process of its own by the next test."""
     torch.set_num_threads(1)
     assert cpu._cpu.isa() == os.environ["ENGINE_CPU_ISA"]
-    for batch in itertools.chain(itertools.islice(cases(), 0, None, 3), (mixed(), mixed(torch.bfloat16, 3))):
+    for batch in itertools.chain(itertools.islice(cases(), 0, None, 3), (mixed(), mixed(torch.bfloat16, 3), mixed(torch.int8, 40))):
         out = batch.run(cpu)
         assert_equals_paths(cpu, batch, out)
         assert_close(batch, out)
@@ -197,8 +197,9 @@ def test_other_instruction_sets(isa: str) -> None:
 
 @pytest.mark.parametrize("value", [NAN, torch.inf])
 @pytest.mark.parametrize("start", [13, 500])
-def test_a_bad_node_harms_only_what_is_below_it(backend: Any, start: int, value: float) -> None:
-    batch = make_batch([start + 24], [24], (4, 2), 16, trees=[tree("wide", 24, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=["fp32", "int8"])
+def test_a_bad_node_harms_only_what_is_below_it(backend: Any, dtype: torch.dtype, start: int, value: float) -> None:
+    batch = make_batch([start + 24], [24], (4, 2), 16, trees=[tree("wide", 24, 5)], dtype=dtype)
     clean = batch.run(backend)
     for node in range(24):
         below = batch.path(0)[:, start + node]

@@ -330,7 +330,11 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "rope one norm": (_rope(q_norm=torch.ones(16)), ValueError, "q_norm and k_norm must both be given"),
     "rope norm shape": (_rope(q_norm=torch.ones(8), k_norm=torch.ones(16)), ValueError, r"q_norm .* \(16,\), got \(8,\)"),
     "rope norm dtypes": (_rope(q_norm=torch.ones(16), k_norm=torch.ones(16).half()), TypeError, "k_norm must have the dtype of q_norm"),
-    "rope cache dtype": (_rope(key_cache=lambda t: t.half()), TypeError, "key_cache must be float32 or bfloat16, got torch.float16"),
+    "rope cache dtype": (
+        _rope(key_cache=lambda t: t.half()),
+        TypeError,
+        "key_cache must be .* or int8, got torch.float16",
+    ),
     "rope cache strides": (_rope(key_cache=lambda t: t.mT.contiguous().mT), ValueError, "key_cache must be contiguous"),
 }
 

@@ -1,4 +1,4 @@
-"""Single tokens moved within the cache: where their keys and values end up, and that nothing else changes."""
+"""The cache's bytes; blocks copied and single tokens moved within it: where keys and values end up, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, block_bytes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -23,18 +25,25 @@ def numbered(block_size: int, dtype: torch.dtype = torch.float32) -> KVCache:
     cache = KVCache(2, 3, 8, num_blocks=5, block_size=block_size, dtype=dtype)
     for layer in range(2):
         for tensor, base in ((cache.key(layer), 1), (cache.value(layer), -1)):
-            tensor.copy_((base * (torch.arange(tensor.numel()) + 10_000 * layer + 1)).view(tensor.shape).to(dtype))
+            tensor.copy_((base * (torch.arange(tensor.numel()) + 10_000 * layer + 1)).view(tensor.shape).to(dtype))  # int8 wraps around
     return cache
 
 
-def by_slot(cache: KVCache, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as ``[layer, slot, kv head, head_dim]``, read from the layouts that kernels/api.py states."""
+def by_slot(cache: KVCache, block_size: int) -> tuple[torch.Tensor, ...]:
+    """Keys and values as ``[layer, slot, kv head, head_dim]``, read from the layouts that kernels/api.py states; then scales as bytes."""
     keys = torch.stack([cache.key(layer) for layer in range(2)])  # [layer, block, head, sub-block, head_dim, 16]
     values = torch.stack([cache.value(layer) for layer in range(2)])  # [layer, block, head, token, head_dim]
+    if cache.dtype == torch.int8:  # [layer, block, head, sub-block, 16 * head_dim + 16 * 4]
+        parts = []
+        for is_key, tensor in ((True, keys), (False, values)):
+            elements, scales = tensor.flatten(-2).split((8 * 16, 4 * 16), dim=-1)
+            elements = elements.unflatten(-1, (8, 16)).mT if is_key else elements.unflatten(-1, (16, 8))
+            parts += [elements, scales.unflatten(-1, (16, 4))]
+        return tuple(part.permute(0, 1, 3, 4, 2, 5).reshape(2, 5 * block_size, 3, -1) for part in parts)
     return keys.permute(0, 1, 3, 5, 2, 4).reshape(2, 5 * block_size, 3, 8), values.permute(0, 1, 3, 2, 4).reshape(2, 5 * block_size, 3, 8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [16, 48])
 @pytest.mark.parametrize("seed", range(5))
 def test_tokens_move_between_any_slots(ops: kernels.Ops, block_size: int, dtype: torch.dtype, seed: int):
@@ -49,6 +58,28 @@ def test_tokens_move_between_any_slots(ops: kernels.Ops, block_size: int, dtype:
         expected = old.clone()
         expected[:, targets] = old[:, sources]
         assert torch.equal(new, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_are_copied_whole(dtype: torch.dtype):
+    cache = numbered(32, dtype)
+    before = [part.clone() for part in by_slot(cache, 32)]
+    cache.copy_blocks([(1, 3), (4, 0)])
+    for old, new in zip(before, by_slot(cache, 32), strict=True):
+        old, new = old.unflatten(1, (5, 32)), new.unflatten(1, (5, 32))
+        assert torch.equal(new, old[:, [4, 1, 2, 1, 4]])
+
+
+@pytest.mark.parametrize(("dtype", "of_a_token"), [(torch.float32, 2 * 8 * 4), (torch.bfloat16, 2 * 8 * 2), (torch.int8, 2 * (8 + 4))])
+def test_bytes(dtype: torch.dtype, of_a_token: int):
+    cache = KVCache(2, 3, 8, num_blocks=5, block_size=48, dtype=dtype)
+    assert cache.num_bytes == 5 * block_bytes(2, 3, 8, 48, dtype) == 5 * 48 * 2 * 3 * of_a_token
+    assert cache.dtype == dtype
+
+
+def test_a_dtype_that_is_not_served():
+    with pytest.raises(ValueError, match=r"kv_dtype is torch.float16; the cache can hold torch.float32, torch.bfloat16 or torch.int8"):
+        KVCache(2, 3, 8, num_blocks=5, block_size=16, dtype=torch.float16)
 
 
 def test_overlapping_moves_read_everything_first(ops: kernels.Ops):

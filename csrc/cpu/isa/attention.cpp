@@ -6,6 +6,8 @@
 // never on the other rows of its tile: a score has its own accumulator, tokens a row may not see get weight exactly 0 in the sum and are
 // left out of the loop over values (their slots may hold NaN).
 //
+// An int8 key k of scale s gives the score (q . k) * (scale * s), an int8 value v of scale s adds (w * s) * v, w being the token's weight.
+//
 // Trees of drafts (tree attention, Miao et al. 2024). The nodes of a row's path stand anywhere in the tree but count as positions
 // tree_start, tree_start + 1, ... So all nodes are scored once per item, beside the split; each split takes a row's own from there to the
 // columns of their positions, and adds their values after those of the tokens before the tree, one by one in the order of the path: to
@@ -46,6 +48,8 @@ void finish(float* out, Softmax state, const float* sum, int64_t head_dim) {
 }
 
 // ---- one work item ----
+constexpr int64_t kPanel = 4;  // sub-blocks that all tiles go over before the next ones: they stay in the first-level cache
+
 __attribute__((noinline)) void spread(const float* source, int64_t n, float* target, int64_t step) {
     for (int64_t i = 0; i < n; ++i) target[i * step] = source[i];
 }
@@ -55,7 +59,7 @@ struct Work {
     const AttentionArgs& a;
     const AttentionItem& item;
     const int64_t head_dim = a.head_dim, group = a.num_heads / a.num_kv_heads, rows = item.row_end - item.row_begin;
-    // Rows are cut evenly into tiles of at most six.
+    // Rows are cut evenly into tiles of at most kTileRows.
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
 
     int64_t tile[kAttentionMaxRows / kTileRows + 2];  // tile i: rows [tile[i], tile[i + 1])
@@ -67,12 +71,12 @@ struct Work {
 
     // The sub-blocks from that in which the tree begins to the newest node of the rows; none in splits before the tree.
     int64_t tree_count = 0;
-    const T* tree_chunks[2 * kTreeChunks];  // as `chunks`
+    const T* tree_chunks[2 * kTreeChunks + kAhead<T>];  // as `chunks`
 
     // Of the current split, which starts at token `base`:
-    int64_t base, first_chunk, count;          // the sub-blocks [first_chunk, first_chunk + count) from its start are seen by some row
-    const T* chunks[2 * kMaxChunks];           // where their keys lie, then their values
-    AttentionRange inside[kAttentionMaxRows];  // what each row sees, from `base`
+    int64_t base, first_chunk, count;             // the sub-blocks [first_chunk, first_chunk + count) from its start are seen by some row
+    const T* chunks[2 * kMaxChunks + kAhead<T>];  // where their keys lie, then their values, then the next keys
+    AttentionRange inside[kAttentionMaxRows];     // what each row sees, from `base`
     Softmax splits[kAttentionMaxRows];
 
     Work(const AttentionArgs& args, const AttentionItem& work_item) : a(args), item(work_item) {}  // the arrays stay uninitialised
@@ -109,15 +113,13 @@ struct Work {
         if (committed < min64(item.context, item.split_end * kAttentionSplit)) score_tree();
     }
 
-    // Where the keys, then the values, of n sub-blocks lie, from the sequence's sub-block `start` on.
-    void list_chunks(int64_t start, int64_t n, const T** target) const {
-        const int64_t per_block = a.block_size / kSubBlock;
+    // Where the keys of n sub-blocks lie, from the sequence's sub-block `start` on.
+    void list_keys(int64_t start, int64_t n, const T** keys) const {
+        const int64_t per_block = a.block_size / kSubBlock, chunk = sub_block_elements(head_dim, sizeof(T));
         const int32_t* block = a.block_table + item.sequence * a.max_blocks + start / per_block;
         int64_t sub_block = start % per_block;
         for (int64_t c = 0; c < n; ++c) {
-            const int64_t offset = ((*block * a.num_kv_heads + item.kv_head) * per_block + sub_block) * kSubBlock * head_dim;
-            target[c] = static_cast<const T*>(a.key_cache) + offset;
-            target[n + c] = static_cast<const T*>(a.value_cache) + offset;
+            keys[c] = static_cast<const T*>(a.key_cache) + ((*block * a.num_kv_heads + item.kv_head) * per_block + sub_block) * chunk;
             if (++sub_block == per_block) {
                 sub_block = 0;
                 ++block;
@@ -125,14 +127,22 @@ struct Work {
         }
     }
 
+    // The keys of n >= 1 sub-blocks, their values, and what is prefetched after them: of sub-blocks from `next` on, `ahead` keys.
+    void list_chunks(int64_t start, int64_t n, int64_t next, int64_t ahead, const T** list) const {
+        list_keys(start, n, list);
+        for (int64_t c = 0; c < n; ++c) list[n + c] = static_cast<const T*>(a.value_cache) + (list[c] - static_cast<const T*>(a.key_cache));
+        ahead = max64(min64(ahead, kAhead<T>), 0);
+        list_keys(next, ahead, list + 2 * n);
+        for (int64_t c = ahead; c < kAhead<T>; ++c) list[2 * n + c] = list[2 * n - 1];  // nothing is left to prefetch
+    }
+
     void score_tree() {
         const int64_t start = item.tree_start / kSubBlock, end = item.context - item.queries + (item.row_end - 1) / group + 1;
         tree_count = (end + kSubBlock - 1) / kSubBlock - start;
-        list_chunks(start, tree_count, tree_chunks);
-        for (int64_t c = 0; c < tree_count; ++c)
-            for (int64_t i = 0; i < tiles; ++i)
-                score_rows<T>(tile_rows(i), q + tile[i] * head_dim, tree_chunks + c, head_dim, a.scale,
-                              scores + tile[i] * kScoreStride + kAttentionSplit + c * kSubBlock);
+        list_chunks(start, tree_count, 0, 0, tree_chunks);
+        for (int64_t i = 0; i < tiles; ++i)
+            score_rows<T>(tile_rows(i), q + tile[i] * head_dim, tree_chunks, tree_count, head_dim, a.scale,
+                          scores + tile[i] * kScoreStride + kAttentionSplit);
     }
 
     void enter_split(int64_t split) {
@@ -140,28 +150,23 @@ struct Work {
         first_chunk = max64(oldest - base, 0) / kSubBlock;
         const int64_t last_chunk = (min64(newest - base, kAttentionSplit) + kSubBlock - 1) / kSubBlock;
         count = max64(last_chunk - first_chunk, 0);  // a split may hold nothing but nodes
-        list_chunks(base / kSubBlock + first_chunk, count, chunks);
+        if (count == 0) return;
+        const int64_t next = (split + 1) * kMaxChunks, end = min64((newest + kSubBlock - 1) / kSubBlock, item.split_end * kMaxChunks);
+        list_chunks(base / kSubBlock + first_chunk, count, next, end - next, chunks);
     }
 
+    int64_t panel() const { return tiles == 1 ? kMaxChunks : kPanel; }
+
     void compute_scores() {
-        int64_t c = 0;
-        if (rows <= 2) {  // several sub-blocks at once, for enough independent sums
-            const int64_t together = rows == 1 ? 4 : 2;
-            for (; c + together <= count; c += together) {
-                float* target = scores + (first_chunk + c) * kSubBlock;
-                if (rows == 1) {
-                    score_tile<T, 1, 4>(q, chunks + c, head_dim, a.scale, target);
-                } else {
-                    score_tile<T, 2, 2>(q, chunks + c, head_dim, a.scale, target);
-                }
-            }
-        }
-        for (; c < count; ++c) {
-            const int64_t column = (first_chunk + c) * kSubBlock, begin = base + column;
-            for (int64_t i = 0; i < tiles; ++i) {
-                if (seen[tile[i + 1] - 1].end <= begin || seen[tile[i]].begin >= begin + kSubBlock) continue;
-                score_rows<T>(tile_rows(i), q + tile[i] * head_dim, chunks + c, head_dim, a.scale,
-                              scores + tile[i] * kScoreStride + column);
+        for (int64_t c = 0; c < count; c += panel()) {
+            const int64_t end = min64(c + panel(), count);
+            for (int64_t i = 0; i < tiles; ++i) {  // those that some row of the tile sees
+                const int64_t oldest_chunk = max64(seen[tile[i]].begin - base, 0) / kSubBlock - first_chunk;
+                const int64_t newest_chunk = (seen[tile[i + 1] - 1].end - base + kSubBlock - 1) / kSubBlock - first_chunk;
+                const int64_t from = max64(oldest_chunk, c), to = min64(newest_chunk, end);
+                if (from < to)
+                    score_rows<T>(tile_rows(i), q + tile[i] * head_dim, chunks + from, to - from, head_dim, a.scale,
+                                  scores + tile[i] * kScoreStride + (first_chunk + from) * kSubBlock);
             }
         }
     }
@@ -173,21 +178,34 @@ struct Work {
             float* row = scores + r * kScoreStride;
             if (tree_count > 0) visit_path(r, [&](int64_t column, int64_t node) { row[column] = row[kAttentionSplit + node]; });
             softmax_split(row, inside[r].begin, inside[r].end, &splits[r].maximum, &splits[r].weight);
+            if constexpr (sizeof(T) == 1) scale_weights(r, row);
         }
     }
 
-    // Add tokens [from, to) of the sub-block of values that starts at token `begin` to rows [r0, r1), which all see them.
-    void add_values(int64_t r0, int64_t r1, int64_t from, int64_t to, int64_t begin, const T* values) {
+    // The scales of int8 values go to the weights, after their sum is taken.
+    void scale_weights(int64_t r, float* row) const {
+        const int64_t end = min64(inside[r].end, committed - base);
+        for (int64_t t = inside[r].begin / kSubBlock * kSubBlock; t < end; t += kSubBlock)
+            scale_by(row + t, chunk_scales(chunks[count + t / kSubBlock - first_chunk], head_dim), min64(end - t, kSubBlock));
+        if (tree_count > 0)
+            visit_path(r, [&](int64_t column, int64_t node) {
+                row[column] *= chunk_scales(tree_chunks[tree_count + node / kSubBlock], head_dim)[node % kSubBlock];
+            });
+    }
+
+    // Add tokens [from, to) of the split, which rows [r0, r1) all see; values[0] are those of the sub-block at `begin`.
+    void add_values(int64_t r0, int64_t r1, int64_t from, int64_t to, int64_t begin, const T* const* values) {
         if (from < to)
-            value_rows<T>(static_cast<int>(r1 - r0), scores + r0 * kScoreStride + from, values + (from - begin) * head_dim, to - from,
-                          head_dim, split_sums + r0 * head_dim);
+            value_rows<T>(static_cast<int>(r1 - r0), scores + r0 * kScoreStride + begin, values, from - begin, to - begin, head_dim,
+                          split_sums + r0 * head_dim);
     }
 
     void compute_sums() {
         memset(split_sums, 0, static_cast<size_t>(rows * head_dim) * sizeof(float));
-        for (int64_t c = 0; c < count; ++c) {
-            const T* values = chunks[count + c];
-            const int64_t begin = (first_chunk + c) * kSubBlock, end = min64(begin + kSubBlock, committed - base);
+        for (int64_t c = 0; c < count; c += panel()) {
+            const T* const* values = chunks + count + c;
+            const int64_t begin = (first_chunk + c) * kSubBlock;
+            const int64_t end = min64((first_chunk + min64(c + panel(), count)) * kSubBlock, committed - base);
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t r0 = tile[i], r1 = tile[i + 1];
                 const int64_t from = max64(inside[r1 - 1].begin, begin), to = max64(min64(inside[r0].end, end), from);
@@ -208,7 +226,8 @@ struct Work {
         for (int64_t r0 = 0, r1; r0 < rows; r0 = r1) {  // rows of one query: they have the same path
             r1 = min64(min64(r0 + group - (item.row_begin + r0) % group, r0 + kTileRows), rows);
             visit_path(r0, [&](int64_t column, int64_t node) {
-                add_values(r0, r1, column, column + 1, column, tree_chunks[tree_count + node / kSubBlock] + node % kSubBlock * head_dim);
+                const int64_t offset = node % kSubBlock;  // of the node in its sub-block
+                add_values(r0, r1, column, column + 1, column - offset, tree_chunks + tree_count + node / kSubBlock);
             });
         }
     }
@@ -263,8 +282,10 @@ struct Work {
 void attention_item(const AttentionArgs& args, const AttentionItem& item) {
     if (args.dtype == kF32) {
         Work<float>(args, item).run();
-    } else {
+    } else if (args.dtype == kBF16) {
         Work<BF16>(args, item).run();
+    } else {
+        Work<int8_t>(args, item).run();
     }
 }
 

@@ -74,8 +74,40 @@ void rotate(const float* __restrict x, const float* __restrict cos, const float*
     for (int64_t i = 2 * half; i < head_dim; ++i) out[i] = x[i];
 }
 
-ENGINE_INLINE void put(float* p, float value) { *p = value; }
-ENGINE_INLINE void put(BF16* p, float value) { p->bits = to_bf16(value); }
+// One head of a token into the cache, elements `step` apart; `scale` only where the cache is int8.
+ENGINE_INLINE void put(const float* x, int64_t head_dim, float* target, int64_t step, float*) {
+    for (int64_t d = 0; d < head_dim; ++d) target[d * step] = x[d];
+}
+ENGINE_INLINE void put(const float* x, int64_t head_dim, BF16* target, int64_t step, float*) {
+    for (int64_t d = 0; d < head_dim; ++d) target[d * step].bits = to_bf16(x[d]);
+}
+
+// x = scale * integers in [-127, 127], as near as they come, with scale = max |x| / 127. What is not finite makes the scale NaN.
+void put(const float* x, int64_t head_dim, int8_t* target, int64_t step, float* scale) {
+    VecF most = zero();
+    NanSeen nan;
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const VecF v = load(x + d, static_cast<int>(head_dim - d < kLanes ? head_dim - d : kLanes));
+        most = max(max(v, sub(zero(), v)), most);
+        nan.note(v, v);
+    }
+    const float largest = reduce_max(most), unit = largest / 127.0f;
+    const bool finite = !nan.any() && largest <= __FLT_MAX__;
+    *scale = finite ? unit : __builtin_nanf("");
+    int8_t rounded[kMaxHeadDim];
+    if (!finite || unit == 0.0f) {
+        memset(rounded, 0, static_cast<size_t>(head_dim));
+    } else {
+        const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+        for (int64_t d = 0; d < head_dim; ++d) {
+            float q = x[d] / unit;  // a subnormal unit is coarse: past 127
+            q = q > 127.0f ? 127.0f : q;
+            q = q < -127.0f ? -127.0f : q;
+            rounded[d] = static_cast<int8_t>(static_cast<int32_t>(q + shift - shift));
+        }
+    }
+    for (int64_t d = 0; d < head_dim; ++d) target[d * step] = rounded[d];
+}
 
 template <class T>
 void rope_token(const RopeArgs& a, int64_t token) {
@@ -95,17 +127,18 @@ void rope_token(const RopeArgs& a, int64_t token) {
     };
     for (int64_t head = 0; head < a.num_heads; ++head) turn(a.q_norm, a.out + (token * a.num_heads + head) * head_dim);
     if (a.slots[token] < 0) return;
-    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size;
-    T* keys = static_cast<T*>(a.key_cache) + block * a.num_kv_heads * a.block_size * head_dim;
-    T* values = static_cast<T*>(a.value_cache) + block * a.num_kv_heads * a.block_size * head_dim;
-    keys += offset / kSubBlock * kSubBlock * head_dim + offset % kSubBlock;
-    values += offset * head_dim;
-    for (int64_t head = 0; head < a.num_kv_heads; ++head, keys += a.block_size * head_dim) {
+    const int64_t block = a.slots[token] / a.block_size, offset = a.slots[token] % a.block_size, lane = offset % kSubBlock;
+    const int64_t sub_block = sub_block_elements(head_dim, sizeof(T)), head_stride = a.block_size / kSubBlock * sub_block;
+    const int64_t first = block * a.num_kv_heads * head_stride + offset / kSubBlock * sub_block;
+    T* keys = static_cast<T*>(a.key_cache) + first;
+    T* values = static_cast<T*>(a.value_cache) + first;
+    const auto scale = [&](T* chunk) { return reinterpret_cast<float*>(chunk + kSubBlock * head_dim) + lane; };
+    for (int64_t head = 0; head < a.num_kv_heads; ++head, keys += head_stride) {
         turn(a.k_norm, turned);
-        for (int64_t d = 0; d < head_dim; ++d) put(keys + d * kSubBlock, turned[d]);
+        put(turned, head_dim, keys + lane, kSubBlock, scale(keys));
     }
-    for (int64_t head = 0; head < a.num_kv_heads; ++head, values += a.block_size * head_dim, x += head_dim)
-        for (int64_t d = 0; d < head_dim; ++d) put(values + d, x[d]);
+    for (int64_t head = 0; head < a.num_kv_heads; ++head, values += head_stride, x += head_dim)
+        put(x, head_dim, values + lane * head_dim, 1, scale(values));
 }
 
 // silu(g) = g / (1 + exp(-g)), written with exp of -|g| so that nothing overflows.
@@ -144,8 +177,10 @@ void rope_append(const RopeArgs& args) {
         for (int64_t token = begin; token < end; ++token) {
             if (args.cache_dtype == kF32) {
                 rope_token<float>(args, token);
-            } else {
+            } else if (args.cache_dtype == kBF16) {
                 rope_token<BF16>(args, token);
+            } else {
+                rope_token<int8_t>(args, token);
             }
         }
     });
