@@ -1,20 +1,30 @@
 """The block pool: which cache blocks belong to which sequence. Counts and ids only, no tensors.
 
-A *block* holds ``block_size`` consecutive tokens of one sequence. A *block table* is a sequence's list of block ids, in token order.
+A *block* holds ``block_size`` consecutive tokens of one sequence. A *block table* holds a sequence's block ids, in token order: an array of
+int32, as kernels read it.
 Several tables may share a block (fork, permute); a shared block is copied when one of them is about to write into it (copy-on-write),
 which only ever concerns the last, partly filled block of a fork.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
+from typing import TypeAlias
+
+BlockTable: TypeAlias = "array[int]"
+Write: TypeAlias = "tuple[BlockTable, int, int]"  # of tokens start..end-1 of a table
+
+
+def new_table() -> BlockTable:
+    return array("i")
 
 
 class BlockPool:
     """``num_blocks`` reference-counted blocks of ``block_size`` tokens.
 
-    Methods that take a ``table`` change that list in place. Nothing is allocated unless everything asked for fits: callers ask
+    Methods that take a ``table`` change it in place. Nothing is allocated unless everything asked for fits: callers ask
     ``new_blocks`` first and make room (preempt) themselves.
     """
 
@@ -37,13 +47,21 @@ class BlockPool:
         """Blocks that ``num_tokens`` tokens occupy."""
         return -(-num_tokens // self.block_size)
 
-    def _shared(self, table: list[int], start: int, end: int) -> list[int]:
+    def is_writable(self, table: BlockTable, start: int, end: int) -> bool:
+        """Whether tokens ``start..end-1`` have blocks already, and all their own: a write takes nothing of the pool."""
+        size, references = self.block_size, self._references
+        for block in table[start // size : -(-end // size)]:
+            if references[block] > 1:
+                return False
+        return end <= len(table) * size
+
+    def _shared(self, table: BlockTable, start: int, end: int) -> list[int]:
         """Indices into ``table`` of the blocks that tokens ``start..end-1`` would write into while another table also holds them."""
         last = min(self.blocks_for(end), len(table))
         return [i for i in range(start // self.block_size, last) if self._references[table[i]] > 1]
 
-    def new_blocks(self, writes: Iterable[tuple[list[int], int, int]]) -> int:
-        """Blocks that must be taken from the pool before all ``writes`` (a table, ``start``, ``end``) can be made, one after the other."""
+    def new_blocks(self, writes: Iterable[Write]) -> int:
+        """Blocks that must be taken from the pool before all ``writes`` can be made, one after the other."""
         needed = 0
         holders: dict[int, int] = {}  # of shared blocks, after the writes so far: the last table to write needs no copy
         for table, start, end in writes:
@@ -55,7 +73,7 @@ class BlockPool:
                     needed += 1
         return needed
 
-    def prepare(self, table: list[int], start: int, end: int) -> list[tuple[int, int]]:
+    def prepare(self, table: BlockTable, start: int, end: int) -> list[tuple[int, int]]:
         """Make tokens ``start..end-1`` writable; returns the block copies ``(source, destination)`` to carry out before the write.
 
         Raises ``RuntimeError`` if the pool has too few free blocks; the table is then unchanged.
@@ -72,13 +90,13 @@ class BlockPool:
             table.append(self._take())
         return copies
 
-    def fork(self, table: list[int]) -> list[int]:
+    def fork(self, table: BlockTable) -> BlockTable:
         """A second table over the same blocks."""
         for block in table:
             self._references[block] += 1
-        return list(table)
+        return table[:]
 
-    def permute(self, tables: list[list[int]], parents: list[int]) -> list[list[int]]:
+    def permute(self, tables: list[BlockTable], parents: list[int]) -> list[BlockTable]:
         """Tables of which the i-th continues ``tables[parents[i]]``: shared by several, passed on to one, dropped by none of them.
 
         The given tables are used up. No block is taken or copied.
@@ -93,12 +111,12 @@ class BlockPool:
             result.append(self.fork(tables[parent]) if children[parent] else tables[parent])
         return result
 
-    def truncate(self, table: list[int], num_tokens: int) -> None:
+    def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Drop the blocks past the first ``num_tokens`` tokens."""
         while len(table) > self.blocks_for(num_tokens):
             self._drop(table.pop())
 
-    def release(self, table: list[int]) -> None:
+    def release(self, table: BlockTable) -> None:
         """Drop every block of a table."""
         self.truncate(table, 0)
 
@@ -112,7 +130,7 @@ class BlockPool:
         if self._references[block] == 0:
             self._free.append(block)
 
-    def check(self, tables: Iterable[list[int]]) -> None:
+    def check(self, tables: Iterable[BlockTable]) -> None:
         """Assert every invariant, given all the tables alive: counts match the tables, and each block is either free or held."""
         held = Counter(block for table in tables for block in table)
         assert len(set(self._free)) == len(self._free), "a block is free twice"

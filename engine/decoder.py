@@ -18,8 +18,9 @@ from .blocks import BlockPool
 from .decode import beam_request, speculate
 from .decode.beam_rows import choose
 from .decode.grammar import GrammarError, Grammars
-from .decode.sample import sample_rows
+from .decode.sample import Sampler
 from .drafters.speculator import Speculator, make_drafters
+from .explain import Explanation, explain
 from .kv_cache import KVCache, block_bytes, size_cache
 from .models.load import load
 from .outputs import FinishReason, RequestOutput, StreamEvent
@@ -113,6 +114,7 @@ class Decoder:
             prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
         )
         self.runner = Runner(self.model, self.cache, block_size)
+        self.sampler = Sampler(self.ops)
         self.speculator: Speculator | None = None
         if draft is not None:
             self.speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
@@ -151,10 +153,11 @@ class Decoder:
         """
         requests = self._requests("generate()", prompts, attention_mask, params, options)
         total = sum(request.num_outputs for request in requests)
-        finished = tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False)
-        with finished:
-            for event in self._run(requests):
-                finished.update(event.output is not None)
+        for request in requests:
+            request.streams = False
+        with tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False) as finished:
+            for _ in self._run(requests):
+                finished.update()
         return [output for request in requests for output in request.outputs]
 
     def stream(
@@ -228,6 +231,8 @@ class Decoder:
             if temperature <= 0:
                 options["temperature"] = 0.001 if as_origin else None
         requests = self._requests("generate_super()", idx, attention_mask, None, options, beams_as_origin=as_origin)
+        for request in requests:
+            request.streams = False
         for _ in self._run(requests):
             pass
         outputs = [output for request in requests for output in request.outputs]
@@ -237,6 +242,24 @@ class Decoder:
         pad = next(p for p in (pad_token_id, stop_id, self.config.pad_token_id, 0) if p is not None)
         rows = [torch.tensor(output.token_ids) for output in outputs]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+    def explain(self, batch_size: int = 1, context: int = 128, steps: int = 32) -> Explanation:
+        """Where the time of a step of decoding goes: runs some, of made-up prompts, and times their parts.
+
+        Its kernels are called one by one, each timed, which costs the whole some microseconds for each of them; ``num_bytes`` and
+        ``operations`` are what each must move and do, and its limit the least time that takes this machine, whose read bandwidth and
+        multiply-add rate are measured in the same call.
+
+        Args:
+            batch_size: sequences, from 1 to ``max_batch_size``.
+            context: tokens that each has before the first step that is timed.
+            steps: of decoding.
+
+        Raises:
+            ValueError, TypeError: an argument cannot be, or the cache does not hold such sequences.
+            RuntimeError: the decoder has unfinished requests, or a step failed.
+        """
+        return explain(self, batch_size, context, steps)
 
     def _requests(
         self,
@@ -321,13 +344,13 @@ class Decoder:
         if logits is None:
             return
         sequences = speculate.sequences(plan)
+        beams = [row.sequence for row in plan.rows[len(sequences) :] if isinstance(row.sequence, Beam)]
         if sequences:
-            drawn = sample_rows(self.ops, logits[: len(sequences)], sequences)
+            drawn = self.sampler.draw(logits[: len(sequences)] if beams else logits, sequences)
             for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
                 self._carry_out(verdict)
-        beams = [row.sequence for row in plan.rows if isinstance(row.sequence, Beam)]
         if beams:
-            for choice in choose(self.ops, logits[len(sequences) :], beams):
+            for choice in choose(self.ops, logits[len(sequences) :] if sequences else logits, beams):
                 if choice.error is not None:
                     self._finish(choice.request, "error", error=choice.error)
                     continue
@@ -383,7 +406,7 @@ class Decoder:
             self._finish(request, "stop", stop_reason=matched, drawn=drawn, text=text)
         elif request.num_new_tokens == request.max_new_tokens:
             self._finish(request, "length", drawn=drawn, text=text)
-        else:
+        elif request.streams:
             request.events.append(self._event(request, drawn, text))
 
     def _event(self, request: Request, drawn: Drawn | None, text: str, output: RequestOutput | None = None) -> StreamEvent:

@@ -36,6 +36,7 @@ class KVCache:
         # Views made once: indexing a tensor in the hot path costs more than a list does.
         self._key_layers = list(self._keys.unbind(0))
         self._value_layers = list(self._values.unbind(0))
+        self._bytes = [tensor.view(torch.uint8).numpy() for tensor in (self._keys, self._values)]
 
     def key(self, layer: int) -> Tensor:
         """``[num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``, of int8 with its scales (``kernels/api.py``)."""
@@ -47,11 +48,10 @@ class KVCache:
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy whole blocks ``(source, destination)`` in every layer."""
-        if not copies:
-            return
-        sources, destinations = (torch.tensor(ids) for ids in zip(*copies, strict=True))
-        for tensor in (self._keys, self._values):
-            tensor[:, destinations] = tensor[:, sources]
+        # By NumPy: torch wakes OpenMP's threads for this, and they then spin on the cores that the kernels want.
+        for source, destination in copies:
+            for tensor in self._bytes:
+                tensor[:, destination] = tensor[:, source]
 
     def move_tokens(self, ops: Ops, sources: list[int], targets: list[int]) -> None:
         """Copy the keys and values of single tokens between slots (``block * block_size + offset``) in every layer, all read before any is

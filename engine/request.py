@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .blocks import BlockTable, new_table
 from .outputs import FinishReason, RequestMetrics, RequestOutput, StreamEvent
 from .params import SamplingParams
 
@@ -63,7 +64,7 @@ class TokenSequence:
     controls: Any  # decode.controls.Controls
     tokens: list[int]
     num_computed: int
-    block_table: list[int]
+    block_table: BlockTable
     history: History | None
     matcher: Any
 
@@ -98,7 +99,7 @@ class Beam(TokenSequence):
         )  # fmt: skip
         self.tokens = list(request.prompt)
         self.num_computed = 0
-        self.block_table: list[int] = []
+        self.block_table = new_table()
         self.history = None if request.history is None else request.history.copy()
         self.matcher = None if request.matcher is None else request.matcher.copy()
         self.drawn: list[Drawn] = []
@@ -175,7 +176,7 @@ class Request(TokenSequence):
 
     tokens: list[int] = field(init=False)
     num_computed: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: BlockTable = field(default_factory=new_table)
     drawn: list[Drawn] = field(default_factory=list)  # the new tokens; of a beam search those that have settled
     beams: list[Beam] = field(default_factory=list)  # of a beam search; all are equally long
     searches: list[Any] = field(default_factory=list)  # decode.beam.BeamSearch of each beam group; none: no beam search
@@ -187,6 +188,7 @@ class Request(TokenSequence):
     num_accepted: int = 0
     num_forwards: int = 0  # steps that gave it tokens
     events: deque[StreamEvent] = field(default_factory=deque)  # where its progress goes; the requests of one call share it
+    streams: bool = True  # whether each of its tokens is an event, or its end alone
     outputs: list[RequestOutput] = field(default_factory=list)  # when it has finished: one, or those of a beam search, best first
     peak_blocks: int = 0
     num_preemptions: int = 0
@@ -204,6 +206,10 @@ class Request(TokenSequence):
     def sequences(self) -> Sequence[TokenSequence]:
         """What is computed for it."""
         return self.beams if self.searches else (self,)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.beams) if self.searches else 1
 
     @property
     def seats(self) -> int:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .blocks import BlockPool
+from .blocks import BlockPool, Write
 from .drafters.draft import Draft
 from .request import Beam, Request, TokenSequence
 
 NO_DRAFT = Draft()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """``num_tokens`` query tokens of ``sequence`` from ``start`` on, and after them those of ``draft``; each of ``rows`` goes on from the
     logits of the last of its own tokens, and a drafted one from those of the nodes that hold."""
@@ -45,21 +45,25 @@ class Row(NamedTuple):
     node: int
 
 
-@dataclass
+@dataclass(slots=True)
 class StepPlan:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # block copies to carry out first (copy-on-write)
+    # The rows of logits in their order: beams come last, the nodes of a draft one after the other.
+    rows: list[Row] = field(default_factory=list)
 
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of logits in their order: beams come last, the nodes of a draft one after the other."""
-        rows = [
-            Row(sequence, i, node)
-            for i, scheduled in enumerate(self.sequences)
-            for sequence in scheduled.rows
-            for node in range(1 + len(scheduled.draft))
-        ]
-        return sorted(rows, key=lambda row: isinstance(row.sequence, Beam))  # stable
+    def add_rows(self) -> None:
+        """Those of its sequences, once all are there with their drafts."""
+        rows, beams = self.rows, []
+        for i, scheduled in enumerate(self.sequences):
+            for sequence in scheduled.rows:
+                if isinstance(sequence, Beam):
+                    beams.append(Row(sequence, i, 0))
+                    continue
+                rows.append(Row(sequence, i, 0))
+                if scheduled.draft:
+                    rows += [Row(sequence, i, node) for node in range(1, 1 + len(scheduled.draft))]
+        rows += beams
 
 
 class Scheduler:
@@ -113,40 +117,49 @@ class Scheduler:
     def plan(self) -> StepPlan:
         plan = StepPlan()
         budget = self.max_batch_tokens
+        seen, owed = 0, 0  # of the running; one token of the budget to each sequence that is yet to get its share
         position = 0
         while position < len(self.running):
             request = self.running[position]
-            # Each sequence behind is owed one token of the budget.
-            shares = self._shares(request, budget - sum(len(r.sequences) for r in self.running[position + 1 :]))
-            if not self._make_room(request, shares):
+            if seen != len(self.running):  # at first, and after a preemption
+                seen, owed = len(self.running), sum(behind.num_sequences for behind in self.running[position:])
+            owed -= request.num_sequences
+            shares = self._shares(request, budget - owed)
+            writes = self._writes(shares)
+            if writes and not self._make_room(request, writes):
                 break  # request was the youngest and has been preempted itself; nobody is behind it
-            budget -= self._schedule(plan, request, shares)
+            budget -= self._schedule(plan, request, shares, writes)
             position += 1
         while self.waiting:
             request = self.waiting[0]
-            if budget < len(request.sequences) or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
+            if budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
                 break
             # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
             if self._blocks_wanted(request) > self.pool.num_free:
                 break
             self.running.append(self.waiting.popleft())
-            budget -= self._schedule(plan, request, self._shares(request, budget))
+            shares = self._shares(request, budget)
+            budget -= self._schedule(plan, request, shares, self._writes(shares))
         self._place_drafts(plan, budget)
+        plan.add_rows()
         return plan
 
     def _place_drafts(self, plan: StepPlan, budget: int) -> None:
         """Give drafts what is left of budget and pool, the oldest request first: they never cost anybody else a token or a block."""
-        for i, scheduled in enumerate(plan.sequences):
+        for scheduled in plan.sequences:
             request = scheduled.request
-            draft, request.draft = request.draft, None
-            if draft is None or scheduled.rows != (request,):
+            draft = request.draft
+            if draft is None:
+                continue
+            request.draft = None
+            if scheduled.rows != (request,):
                 continue
             table, end = request.block_table, scheduled.end
             room = (len(table) + self.pool.num_free) * self.pool.block_size - end
             size = min(len(draft), budget, room)
             if size > 0:
                 self.pool.prepare(table, end, end + size)
-                plan.sequences[i] = replace(scheduled, draft=draft.keep(range(1, size + 1)))
+                scheduled.draft = draft.keep(range(1, size + 1))
                 budget -= size
 
     def _seats(self) -> int:
@@ -165,12 +178,14 @@ class Scheduler:
         Beams compute their last tokens in one step, for they are chosen from together.
         """
         sequences = request.sequences
+        first = sequences[0]
         if request.shared:
-            first = sequences[0]
             return [(first, min(request.shared - first.num_computed, self.prefill_chunk, budget))]
+        if len(sequences) == 1:
+            return [(first, min(first.num_missing, self.prefill_chunk, budget))]
         missing = [sequence.num_missing for sequence in sequences]
-        if len(missing) == 1 or (sum(missing) <= budget and max(missing) <= self.prefill_chunk):
-            return [(sequence, min(n, self.prefill_chunk, budget)) for sequence, n in zip(sequences, missing, strict=True)]
+        if sum(missing) <= budget and max(missing) <= self.prefill_chunk:
+            return list(zip(sequences, missing, strict=True))
         shares = []
         for sequence, n in zip(sequences, missing, strict=True):
             share = min(n - 1, self.prefill_chunk, budget)
@@ -179,20 +194,30 @@ class Scheduler:
                 budget -= share
         return shares
 
-    def _schedule(self, plan: StepPlan, request: Request, shares: list[tuple[TokenSequence, int]]) -> int:
-        """Add to the plan; returns how many tokens."""
-        assert shares and all(n >= 1 for _, n in shares), "a request is scheduled without a token to compute"
+    def _writes(self, shares: list[tuple[TokenSequence, int]]) -> list[Write]:
+        """What of the shares must have blocks of the pool first."""
+        writes = []
         for sequence, n in shares:
-            start = sequence.num_computed
-            plan.copies += self.pool.prepare(sequence.block_table, start, start + n)
-            complete = n == sequence.num_missing
-            rows = (sequence, *request.followers) if complete else ()
-            plan.sequences.append(ScheduledSequence(request, sequence, start, n, rows))
-        return sum(n for _, n in shares)
+            table, start = sequence.block_table, sequence.num_computed
+            if not self.pool.is_writable(table, start, start + n):
+                writes.append((table, start, start + n))
+        return writes
 
-    def _make_room(self, request: Request, shares: list[tuple[TokenSequence, int]]) -> bool:
-        """Preempt the youngest until ``request`` can write its ``shares``; False if it had to be preempted itself."""
-        writes = [(s.block_table, s.num_computed, s.num_computed + n) for s, n in shares]
+    def _schedule(self, plan: StepPlan, request: Request, shares: list[tuple[TokenSequence, int]], writes: list[Write]) -> int:
+        """Add to the plan; returns how many tokens."""
+        for write in writes:
+            plan.copies += self.pool.prepare(*write)
+        total = 0
+        for sequence, n in shares:
+            assert n >= 1, "a request is scheduled without a token to compute"
+            rows = (sequence, *request.followers) if n == sequence.num_missing else ()
+            plan.sequences.append(ScheduledSequence(request, sequence, sequence.num_computed, n, rows))
+            total += n
+        assert total, "a request is scheduled without a token to compute"
+        return total
+
+    def _make_room(self, request: Request, writes: list[Write]) -> bool:
+        """Preempt the youngest until ``request`` can make its ``writes``; False if it had to be preempted itself."""
         while self.pool.new_blocks(writes) > self.pool.num_free:
             victim = self.running.pop()
             self._preempt(victim)
@@ -219,8 +244,13 @@ class Scheduler:
                     beam.block_table = self.pool.fork(sequence.block_table)
                     beam.num_computed = sequence.num_computed
                 request.shared = 0
-            request.peak_blocks = max(request.peak_blocks, len({block for s in request.sequences for block in s.block_table}))
-            if scheduled.rows and request.followers:
+            if request.searches:
+                num_blocks = len({block for beam in request.beams for block in beam.block_table})
+            else:
+                num_blocks = len(request.block_table)
+            if num_blocks > request.peak_blocks:
+                request.peak_blocks = num_blocks
+            if request.followers and scheduled.rows:
                 for follower in request.followers:
                     follower.block_table = self.pool.fork(request.block_table)
                     follower.num_computed = request.num_computed

@@ -34,6 +34,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
+        self._texts: dict[int, str] = {}  # of single tokens that were asked for
 
     @property
     def vocab_size(self) -> int:
@@ -63,4 +64,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        if len(ids) != 1:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        # Every token that is drawn is decoded after the one before it, which is asked for alone (decode.stop).
+        text = self._texts.get(ids[0])
+        if text is None:
+            text = self._texts[ids[0]] = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text

@@ -272,8 +272,9 @@ def sample(
     +inf wins over everything finite, the lowest id among several, greedy or not; -inf is never drawn. A NaN anywhere in the row as given
     is STATUS_NAN, a row of only -inf after step 2 STATUS_NOTHING_ALLOWED.
 
-    ``logprobs``: None computes none, 0 those of the chosen token, n also of the n most likely (at most V). ``workspace``: on a GPU the
-    scratch memory and results of a caller that may not allocate (``triton.Workspace``); on a CPU there is none to give.
+    ``logprobs``: None computes none, 0 those of the chosen token, n also of the n most likely (at most V). ``workspace``: what a caller
+    keeps between its calls, so that they allocate nothing: scratch memory, and the results, which the next call with it overwrites
+    (``cpu.SampleWorkspace``, ``triton.Workspace``; the oracle keeps nothing).
     """
     return default_ops("logits", logits).sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,

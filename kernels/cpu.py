@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -247,6 +248,57 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
 # ---- sample ----
 
 
+class SampleWorkspace:
+    """What a caller of ``sample`` keeps between its calls: the results, which the next call overwrites, and the arguments of the last one.
+
+    A call with the very same tensors as the last (the numbers in them may be others, their memory may not) and with logits of the same form
+    checks and allocates nothing. Two calls that may overlap need a workspace each.
+    """
+
+    def __init__(self) -> None:
+        self._given: tuple[Any, ...] = ()
+        self._form: tuple[Any, ...] | None = None
+        self._call: Any = None
+        self._result: Any = None
+
+    def run(self, logits: Tensor, given: tuple[Any, ...]) -> SampleResult:
+        """``given``: the arguments of ``sample`` past the logits, in their order."""
+        same = len(given) == len(self._given) and all(map(is_, given, self._given))
+        if not same or not isinstance(logits, Tensor) or _form(logits) != self._form:
+            self._prepare(logits, given)
+        self._call(logits.data_ptr())
+        result: SampleResult = self._result
+        return result
+
+    def _prepare(self, logits: Tensor, given: tuple[Any, ...]) -> None:
+        self._given = ()
+        checks_sample.sample(logits, *given)
+        *law, penalties, bias, end_tokens, allowed, logprobs = given
+        _on_cpu("logits", logits)
+        rows, vocab = logits.shape
+        result = SampleResult(torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32))
+        if logprobs is not None:
+            result = result._replace(logprobs=torch.empty(rows, dtype=_F32), processed_logprobs=torch.empty(rows, dtype=_F32))
+        if logprobs:
+            result = result._replace(
+                top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
+                top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
+                processed_top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
+                processed_top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
+            )
+        self._call = _cpu.SampleCall(
+            _DTYPE[logits.dtype], logits.stride(0), rows, vocab, _addresses(law), _lists(penalties, bias, end_tokens, allowed),
+            logprobs or 0, _addresses(result),
+        )  # fmt: skip
+        self._result = result
+        self._form = _form(logits)
+        self._given = given
+
+
+def _form(logits: Tensor) -> tuple[Any, ...]:
+    return logits.dtype, logits.shape, logits.stride(), logits.device
+
+
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -265,27 +317,12 @@ def sample(
     workspace: Any = None,
 ) -> SampleResult:
     """See ``api.sample``."""
-    checks_sample.sample(
-        logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties, bias, end_tokens, allowed, logprobs
-    )  # fmt: skip
-    _on_cpu("logits", logits)
-    rows, vocab = logits.shape
-    result = SampleResult(torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int32))
-    if logprobs is not None:
-        result = result._replace(logprobs=torch.empty(rows, dtype=_F32), processed_logprobs=torch.empty(rows, dtype=_F32))
-    if logprobs:
-        result = result._replace(
-            top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
-            top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
-            processed_top_tokens=torch.empty(rows, logprobs, dtype=torch.int64),
-            processed_top_logprobs=torch.empty(rows, logprobs, dtype=_F32),
-        )
-    _cpu.sample(
-        logits.data_ptr(), _DTYPE[logits.dtype], logits.stride(0), rows, vocab,
-        _addresses((temperature, top_k, top_p, min_p, seed, position, stream)),
-        _lists(penalties, bias, end_tokens, allowed), logprobs or 0, _addresses(result),
-    )  # fmt: skip
-    return result
+    if workspace is None:
+        workspace = SampleWorkspace()
+    elif not isinstance(workspace, SampleWorkspace):
+        raise TypeError(f"workspace must be a cpu.SampleWorkspace or None, got {type(workspace).__name__}")
+    law = (temperature, top_k, top_p, min_p, seed, position, stream)
+    return workspace.run(logits, (*law, penalties, bias, end_tokens, allowed, logprobs))
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:

@@ -38,6 +38,11 @@ class Ops:
     verify_block: Callable[..., Any]
     chosen: dict[str, str]  # op name -> backend name
 
+    def sample_workspace(self) -> Any:
+        """What a caller of ``sample`` can keep between its calls (``api.sample``); None where its backend has nothing to be kept."""
+        workspace = getattr(_module(self.chosen["sample"]), "SampleWorkspace", None)
+        return None if workspace is None else workspace()
+
 
 OP_NAMES = tuple(f.name for f in fields(Ops) if f.name != "chosen")
 

@@ -12,10 +12,9 @@ void check_values(const SampleArgs& a) {
 }
 
 // Addresses of tensors, in the order of kernels/api.py; those of seed and stream may be zeros.
-SampleArgs arguments(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
+SampleArgs arguments(int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
                      const ListAddresses& lists) {
     SampleArgs a{};
-    a.logits = as<const void>(logits);
     a.dtype = static_cast<DType>(dtype);
     a.row_stride = row_stride;
     a.rows = rows;
@@ -28,30 +27,44 @@ SampleArgs arguments(uintptr_t logits, int dtype, int64_t row_stride, int64_t ro
     a.position = as<const int32_t>(row[5]);
     a.stream = as<const int32_t>(row[6]);
     a.lists = token_lists(lists);
-    check_values(a);
     return a;
 }
 
-void sample(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
-            const ListAddresses& lists, int64_t top, const std::array<uintptr_t, 8>& results) {
-    SampleArgs a = arguments(logits, dtype, row_stride, rows, vocab, row, lists);
-    a.tokens = as<int64_t>(results[0]);
-    a.status = as<int32_t>(results[1]);
-    a.logprobs = as<float>(results[2]);
-    a.processed_logprobs = as<float>(results[3]);
-    a.top = top;
-    a.top_tokens = as<int64_t>(results[4]);
-    a.top_logprobs = as<float>(results[5]);
-    a.processed_top_tokens = as<int64_t>(results[6]);
-    a.processed_top_logprobs = as<float>(results[7]);
-    const Computing computing;
-    active().sample(a);
-}
+// A call of sample in all but its logits, to be made any number of times. What is in the tensors is read, and checked, at each.
+class SampleCall {
+  public:
+    SampleCall(int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row, const ListAddresses& lists,
+               int64_t top, const std::array<uintptr_t, 8>& results)
+        : args_(arguments(dtype, row_stride, rows, vocab, row, lists)) {
+        args_.tokens = as<int64_t>(results[0]);
+        args_.status = as<int32_t>(results[1]);
+        args_.logprobs = as<float>(results[2]);
+        args_.processed_logprobs = as<float>(results[3]);
+        args_.top = top;
+        args_.top_tokens = as<int64_t>(results[4]);
+        args_.top_logprobs = as<float>(results[5]);
+        args_.processed_top_tokens = as<int64_t>(results[6]);
+        args_.processed_top_logprobs = as<float>(results[7]);
+    }
+
+    void operator()(uintptr_t logits) const {
+        SampleArgs a = args_;
+        a.logits = as<const void>(logits);
+        check_values(a);
+        const Computing computing;
+        active().sample(a);
+    }
+
+  private:
+    SampleArgs args_;
+};
 
 void masses(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, const std::array<uintptr_t, 7>& row,
             const ListAddresses& lists, uintptr_t masses, uintptr_t status) {
-    SampleArgs a = arguments(logits, dtype, row_stride, rows, vocab, row, lists);
+    SampleArgs a = arguments(dtype, row_stride, rows, vocab, row, lists);
+    a.logits = as<const void>(logits);
     a.status = as<int32_t>(status);
+    check_values(a);
     const Computing computing;
     active().masses(a, as<int64_t>(masses));
 }
@@ -70,7 +83,10 @@ void weights_of_values(uintptr_t values, int64_t n, uintptr_t weights) {
 }  // namespace
 
 void bind_sample(py::module_& m) {
-    m.def("sample", &sample);
+    py::class_<SampleCall>(m, "SampleCall")
+        .def(py::init<int, int64_t, int64_t, int64_t, const std::array<uintptr_t, 7>&, const ListAddresses&, int64_t,
+                      const std::array<uintptr_t, 8>&>())
+        .def("__call__", &SampleCall::operator());
     m.def("masses", &masses);
     m.def("noise_of_row", &noise_of_row);
     m.def("noise_of_words", &noise_of_words);

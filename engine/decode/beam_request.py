@@ -57,7 +57,8 @@ def go_on(choice: Choice, pool: BlockPool) -> None:
             fail(request, "error", error=f"the tokenizer cannot decode token {settled[-1].token}: {error}")
             return
         request.drawn += settled
-        request.events.append(_event(request, 0, settled, text))
+        if request.streams:
+            request.events.append(_event(request, 0, settled, text))
 
 
 def fail(request: Request, reason: FinishReason, *, error: str | None = None) -> None:

@@ -60,6 +60,13 @@ class Controls:
                 self._bias[last] = -math.inf
         self._bias_columns = array("i", self._bias), array("f", self._bias.values())
         self._ngram_size = params.no_repeat_ngram_size
+        self._unrestricted = not (self._bias or self._words) and self._ngram_size is None and self.allowed is None
+        self._settled = max(self.min_position, num_prompt_tokens + len(self._prefix))  # from here on the position makes no difference
+
+    def is_bare(self, sequence: TokenSequence) -> bool:
+        """Whether there is no list, and no mask, for a sequence of these options, nor will there be one (``rows.lists``)."""
+        settled = self._unrestricted and sequence.num_tokens >= self._settled
+        return settled and sequence.history is None and sequence.matcher is None
 
     def bias(self, sequence: TokenSequence, penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
         """Distinct ids and what is added to their next logits; ``penalised``: what is subtracted from some besides."""

@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..columns import tensor_of
 from ..kernels import STATUS_NAN, STATUS_NOTHING_ALLOWED, EndTokens, LogitBias, Penalties
 from ..request import TokenSequence
 from .controls import forbidding
-
-_DTYPES = {"i": torch.int32, "f": torch.float32}
 
 
 def as_int64(seed: int) -> int:
     """The int64 with the bits of an unsigned 64-bit seed (tensors have no dependable uint64)."""
     return seed - 2**64 if seed >= 2**63 else seed
-
-
-def _tensor(column: array[int] | array[float]) -> Tensor:
-    """Its memory as a tensor."""
-    dtype = _DTYPES[column.typecode]
-    return torch.frombuffer(column, dtype=dtype) if len(column) else torch.empty(0, dtype=dtype)
 
 
 def _join(rows: Sequence[tuple[array, ...]]) -> list[Tensor]:
@@ -35,7 +28,7 @@ def _join(rows: Sequence[tuple[array, ...]]) -> list[Tensor]:
         for whole, part in zip(columns, row, strict=True):
             whole.extend(part)
         start.append(len(columns[0]))
-    return [_tensor(column) for column in (*columns, start)]
+    return [tensor_of(column) for column in (*columns, start)]
 
 
 _NO_IDS = array("i")

@@ -3,58 +3,95 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..columns import tensor_of
 from ..kernels import Ops, SampleResult
 from ..request import Drawn, Lookahead, Request
 from .controls import token_mask
 from .rows import as_int64, failure, lists, process
 
 
-def sample_rows(ops: Ops, logits: Tensor, rows: Sequence[Request | Lookahead]) -> list[Drawn]:
-    """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
+class Sampler:
+    """Draws tokens for the rows of steps, all rows of a step in one kernel call.
 
-    Rows of requests with a ``logits_processor`` are overwritten by what it makes of them.
+    What a step's rows ask for is put into the kernel's form once, and stays while steps have the same rows: only their positions move on.
     """
-    num_top = max(request.params.logprobs for request in rows)
-    processed = [r for r, request in enumerate(rows) if request.controls.processors]
-    own = logits[processed] if processed else None
-    errors = {r: error for r in processed if (error := process(logits[r], rows[r])) is not None}
-    result: SampleResult = ops.sample(
-        logits,
-        *law(rows),
-        **lists(rows, logits.shape[1]),
-        logprobs=num_top,
-    )
-    if own is not None:
-        _restore_raw(ops, own, processed, rows, result, num_top)
-    assert result.logprobs is not None and result.processed_logprobs is not None
-    drawn = [
-        Drawn(token, raw, after)
-        for token, raw, after in zip(result.tokens.tolist(), result.logprobs.tolist(), result.processed_logprobs.tolist(), strict=True)
-    ]
-    if num_top:
-        _add_top(drawn, rows, result)
-    for r, status in enumerate(result.status.tolist()):
-        if status or r in errors:
-            drawn[r] = Drawn(-1, math.nan, math.nan, error=errors.get(r) or failure(status, rows[r]))
-    return drawn
+
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+        self._workspace = ops.sample_workspace()
+        self._rows: list[Request | Lookahead] = []
+        self._positions = array("i")
+        self._law: tuple[Tensor, ...] = ()
+        self._num_top = 0
+        self._processed: list[int] = []  # rows that processors rewrite
+        self._bare = False  # no row has a list or a mask
+        self._result: SampleResult | None = None
+        self._columns: list[Any] = []  # views of it
+
+    def draw(self, logits: Tensor, rows: list[Request | Lookahead]) -> list[Drawn]:
+        """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
+
+        Rows of requests with a ``logits_processor`` are overwritten by what it makes of them.
+        """
+        if rows != self._rows:
+            self._take(rows)
+        self._positions[:] = array("i", [row.num_tokens for row in rows])
+        processed = self._processed
+        own = logits[processed] if processed else None
+        errors = {r: error for r in processed if (error := process(logits[r], rows[r])) is not None}
+        result: SampleResult = self.ops.sample(
+            logits,
+            *self._law,
+            **({} if self._bare else lists(rows, logits.shape[1])),
+            logprobs=self._num_top,
+            workspace=self._workspace,
+        )
+        if own is not None:
+            _restore_raw(self.ops, own, processed, rows, result, self._num_top)
+        if result is not self._result:
+            assert result.logprobs is not None and result.processed_logprobs is not None
+            self._columns = [t.numpy() for t in (result.tokens, result.logprobs, result.processed_logprobs, result.status)]
+            self._result = result
+        tokens, raw, after, status = [column.tolist() for column in self._columns]
+        drawn = list(map(Drawn, tokens, raw, after))
+        if self._num_top:
+            _add_top(drawn, rows, result)
+        if errors or any(status):
+            for r, one in enumerate(status):
+                if one or r in errors:
+                    drawn[r] = Drawn(-1, math.nan, math.nan, error=errors.get(r) or failure(one, rows[r]))
+        return drawn
+
+    def _take(self, rows: list[Request | Lookahead]) -> None:
+        """The rows of this step are others than those of the one before."""
+        self._positions = array("i", [row.num_tokens for row in rows])
+        self._law = law(rows, self._positions)
+        self._num_top = max([row.params.logprobs for row in rows])
+        self._processed = [r for r, row in enumerate(rows) if row.controls.processors]
+        self._bare = all([row.controls.is_bare(row) for row in rows])
+        self._rows = rows  # last, should anything be interrupted
 
 
-def law(rows: Sequence[Request | Lookahead]) -> tuple[Tensor, ...]:
+def law(rows: Sequence[Request | Lookahead], positions: array[int]) -> tuple[Tensor, ...]:
     """temperature, top_k, top_p, min_p, seed, position and stream of each row."""
-    controls = [request.controls for request in rows]
-    temperature, top_p, min_p = torch.tensor(
-        [[c.temperature for c in controls], [c.top_p for c in controls], [c.min_p for c in controls]], dtype=torch.float32
+    controls = [row.controls for row in rows]
+    columns = (
+        array("f", [c.temperature for c in controls]),
+        array("i", [c.top_k for c in controls]),
+        array("f", [c.top_p for c in controls]),
+        array("f", [c.min_p for c in controls]),
+        array("q", [as_int64(row.seed) for row in rows]),
+        positions,
+        array("i", [row.stream for row in rows]),
     )
-    top_k, position, stream = torch.tensor(
-        [[c.top_k for c in controls], [request.num_tokens for request in rows], [request.stream for request in rows]], dtype=torch.int32
-    )
-    seed = torch.tensor([as_int64(request.seed) for request in rows], dtype=torch.int64)
-    return temperature, top_k, top_p, min_p, seed, position, stream
+    return tuple(map(tensor_of, columns))
 
 
 def _restore_raw(
@@ -72,7 +109,8 @@ def _restore_raw(
     for row, token, one in zip(allowed, tokens.tolist(), possible.tolist(), strict=True):
         if one:
             row.copy_(token_mask([token], own.shape[1]))
-    raw = ops.sample(own, *law([rows[r] for r in processed]), allowed=allowed, logprobs=num_top)
+    given = law([rows[r] for r in processed], array("i", [rows[r].num_tokens for r in processed]))
+    raw = ops.sample(own, *given, allowed=allowed, logprobs=num_top)
     result.logprobs[processed] = torch.where(possible, raw.logprobs, -math.inf)
     if result.top_tokens is not None and result.top_logprobs is not None:
         result.top_tokens[processed] = raw.top_tokens

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,12 +76,11 @@ def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft
 
 def masses(ops: Ops, logits: Tensor, rows: Sequence[Request | Lookahead]) -> tuple[Tensor, Tensor]:
     """``kernels.masses`` of these rows: what each is drawn from, and its status."""
-    temperature, top_k, top_p, min_p, _, position, _ = law(rows)
+    temperature, top_k, top_p, min_p, _, position, _ = law(rows, array("i", [row.num_tokens for row in rows]))
     return ops.masses(logits, temperature, top_k, top_p, min_p, position, **lists(rows, logits.shape[1]))
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a step's rows of logits decide for one request."""
 
     request: Request
@@ -94,17 +95,14 @@ class Verdict:
 
 def sequences(plan: StepPlan) -> list[Request | Lookahead]:
     """Whose each row of logits is, those of beams left out."""
-    found: list[Request | Lookahead] = []
-    for row in plan.rows:
-        if row.node:
-            found.append(plan.sequences[row.scheduled].draft.sequences[row.node - 1])
-        elif isinstance(row.sequence, Request):
-            found.append(row.sequence)
-    return found
+    return [
+        plan.sequences[row.scheduled].draft.sequences[row.node - 1] if row.node else row.sequence
+        for row in plan.rows
+        if isinstance(row.sequence, Request)
+    ]
 
 
-@dataclass(frozen=True)
-class _Drafted:
+class _Drafted(NamedTuple):
     request: Request
     draft: Draft
     first: int  # its first row
@@ -121,11 +119,10 @@ def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -
         logits: float32 ``[R, V]`` of the plan's rows.
         drawn: what the token law gives for each row that is no beam's.
     """
-    rows = plan.rows[: len(drawn)]
     found: dict[int, Verdict] = {}
     replayed: list[_Drafted] = []
     blocks: list[_Drafted] = []
-    for r, row in enumerate(rows):
+    for r, (row, one) in enumerate(zip(plan.rows, drawn, strict=False)):
         if row.node:
             continue
         request, draft = row.sequence, plan.sequences[row.scheduled].draft
@@ -133,7 +130,7 @@ def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -
         if draft:
             by_block = request.params.verification == "block" and not request.controls.greedy and draft.is_chain
             (blocks if by_block else replayed).append(_Drafted(request, draft, r))
-        found[r] = Verdict(request, draft, [drawn[r]], [0])  # in its place; drafted ones are replaced
+        found[r] = Verdict(request, draft, [one], [0])  # in its place; drafted ones are replaced
     if replayed:
         for drafted, path in zip(replayed, _replay(ops, replayed, drawn), strict=True):
             first = drafted.first

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from .. import kernels as kernels_module
-from ..blocks import BlockPool
-from ..decode.sample import sample_rows
+from ..blocks import BlockPool, new_table
+from ..decode.sample import Sampler
 from ..decode.speculate import certain_end, go_on, masses
 from ..kv_cache import KVCache, block_bytes, size_cache
 from ..models.batch import StepBatch
@@ -43,7 +43,7 @@ class _Copy(TokenSequence):
         self.request = request
         self.tokens: list[int] = []
         self.num_computed = 0
-        self.block_table: list[int] = []
+        self.block_table = new_table()
         self.num_true = 0
 
     def follow(self, tokens: list[int]) -> int:
@@ -124,6 +124,7 @@ class DraftModel:
         self._pool = BlockPool(num_blocks, block_size)
         cache = KVCache(c.num_layers, c.num_kv_heads, c.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
         self._runner = Runner(self.model, cache, block_size)
+        self._sampler = Sampler(self.ops)
 
     @property
     def pool(self) -> BlockPool:
@@ -169,7 +170,7 @@ class DraftModel:
             block = [line.last.params.verification == "block" for line in active]
             proposal = masses(self.ops, logits, [line.last for line in active])[0] if any(block) else None
             going_on = []
-            for r, (line, drawn) in enumerate(zip(active, sample_rows(self.ops, logits, [line.last for line in active]), strict=True)):
+            for r, (line, drawn) in enumerate(zip(active, self._sampler.draw(logits, [line.last for line in active]), strict=True)):
                 if drawn.error is not None:
                     continue
                 after = go_on(line.last, drawn.token)
@@ -264,6 +265,7 @@ class DraftModel:
         slots: list[int] = []
         query_start, context_len, tree_start = [0], [], []
         ancestors: list[int] = []
+        tables: list[list[int]] = []
         width = max(len(line.copy.block_table) for line, _ in active)
         for line, tree in active:
             table, end = line.copy.block_table, len(line.copy.tokens)
@@ -275,6 +277,7 @@ class DraftModel:
             query_start.append(len(tokens))
             context_len.append(context)
             tree_start.append(end)
+            tables.append([*table, *[0] * (width - len(table))])
         i32 = torch.int32
         batch = StepBatch(
             tokens=torch.tensor(tokens, dtype=i32),
@@ -282,7 +285,7 @@ class DraftModel:
             slots=torch.tensor(slots, dtype=i32),
             query_start=torch.tensor(query_start, dtype=i32),
             context_len=torch.tensor(context_len, dtype=i32),
-            block_table=torch.tensor([line.copy.block_table + [0] * (width - len(line.copy.block_table)) for line, _ in active], dtype=i32),
+            block_table=torch.tensor(tables, dtype=i32),
             logit_rows=torch.arange(len(tokens)),
             tree_start=torch.tensor(tree_start, dtype=i32),
             ancestors=torch.tensor(ancestors),
@@ -291,6 +294,7 @@ class DraftModel:
 
     def _run(self, shares: Sequence[tuple[_Copy, int, bool]]) -> Any:
         plan = StepPlan([ScheduledSequence(copy.request, copy, copy.num_computed, n, (copy,) if last else ()) for copy, n, last in shares])
+        plan.add_rows()
         begun = time.perf_counter()
         logits = self._runner.run(plan)
         tokens = sum(n for _, n, _ in shares)

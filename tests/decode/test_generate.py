@@ -11,7 +11,6 @@ import torch
 from decode.small_models import small_llama
 
 from engine import Decoder, SamplingParams
-from engine import decoder as decoder_module
 
 
 def hf_greedy(model, prompt: list[int], n: int, **options) -> list[int]:
@@ -241,7 +240,7 @@ def test_an_exception_after_the_commit_harms_no_other_request(llama, monkeypatch
         return wrapped
 
     if where == "sample":
-        monkeypatch.setattr("engine.decoder.sample_rows", failing(decoder_module.sample_rows))
+        monkeypatch.setattr(decoder.sampler, "draw", failing(decoder.sampler.draw))
     else:  # between the first and the second row of a step
         monkeypatch.setattr(decoder, "_advance", failing(decoder._advance))
     with pytest.raises(KeyboardInterrupt):

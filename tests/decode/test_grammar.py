@@ -13,7 +13,6 @@ from decode.small_models import small_llama
 pytest.importorskip("llguidance")
 
 from engine import Decoder, SamplingParams  # noqa: E402
-from engine import decoder as decoder_module  # noqa: E402
 
 SCHEMA = {
     "type": "object",
@@ -193,7 +192,7 @@ def test_a_step_that_failed_and_is_run_again_advances_no_grammar_twice(monkeypat
         return wrapped
 
     if where == "sample":
-        monkeypatch.setattr("engine.decoder.sample_rows", failing(decoder_module.sample_rows))
+        monkeypatch.setattr(decoder.sampler, "draw", failing(decoder.sampler.draw))
     else:
         monkeypatch.setattr(decoder, "_advance", failing(decoder._advance))
     for _ in range(2):

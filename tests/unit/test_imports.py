@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("engine.__main__", "engine.cli"),
     ("engine.decoder",),
-    ("engine.admission", "engine.decode", "engine.drafters", "engine.runner", "engine.scheduler"),
+    ("engine.admission", "engine.decode", "engine.drafters", "engine.explain", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
     ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer", "engine.verify"),
-    ("engine.option_checks",),
+    ("engine.columns", "engine.option_checks"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room

@@ -1,0 +1,276 @@
+"""Where the time of a step goes: real steps of decoding, timed part by part and held against the machine's limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .kernels import Ops, limits
+from .models.transformer import Transformer
+from .scheduler import StepPlan
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
+# The parts of a step, in their order. Beside the kernels: the scheduler's plan; the step's tensors; what the layers cost between their
+# kernels; the sampler's rows before its kernel and after; what is done with the tokens; the rest.
+PARTS = (
+    "plan", "batch", "embed", "norms", "qkv", "rope", "attention", "out", "gate_up", "activation", "down", "head", "layers", "sampling",
+    "rows", "commit", "other",
+)  # fmt: skip
+PRODUCTS = ("qkv", "out", "gate_up", "down", "head")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step, as the mean of the steps looked at."""
+
+    name: str  # one of PARTS
+    seconds: float
+    calls: float  # of its kernel; 0 for a part without one
+    num_bytes: float  # that its kernel must read and write
+    operations: float  # floating-point operations that it must do
+    limit_seconds: float  # the least time that takes on this machine: its bytes at the read bandwidth or its operations at the FMA rate
+
+    @property
+    def share(self) -> float | None:
+        """``limit_seconds`` over ``seconds``: 1 is as fast as the machine; None where there is no limit."""
+        return self.limit_seconds / self.seconds if self.limit_seconds and self.seconds else None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``Decoder.explain``: a step's parts, which add up to it. ``str`` of it is a table."""
+
+    batch_size: int
+    context: int
+    steps: int  # that were run
+    seconds: float  # of a step: the mean of the faster half of them
+    parts: tuple[Part, ...]  # in the order of PARTS
+    read_bandwidth: float  # bytes per second of a read as large as the step's
+    flop_rate: float  # float32 operations per second
+
+    @property
+    def num_bytes(self) -> float:
+        return sum(part.num_bytes for part in self.parts)
+
+    @property
+    def operations(self) -> float:
+        return sum(part.operations for part in self.parts)
+
+    @property
+    def share(self) -> float:
+        """The least time that the kernels' bytes and operations take, over the step's."""
+        return sum(part.limit_seconds for part in self.parts) / self.seconds
+
+    def __str__(self) -> str:
+        plural = "s" if self.batch_size > 1 else ""
+        limits = f"{self.read_bandwidth / 1e9:.1f} GB/s, {self.flop_rate / 1e9:.0f} GFLOP/s"
+        lines = [
+            f"a step of {self.batch_size} sequence{plural} with {self.context} tokens and more: {1e6 * self.seconds:.0f} us",
+            f"{'part':<12}{'us':>10}{'of step':>9}{'calls':>7}{'MB':>10}{'MFLOP':>10}{'of limit':>10}",
+        ]
+        for part in self.parts:
+            line = f"{part.name:<12}{1e6 * part.seconds:>10.1f}{part.seconds / self.seconds:>9.1%}"
+            if part.share is not None:
+                line += f"{part.calls:>7.0f}{part.num_bytes / 1e6:>10.2f}{part.operations / 1e6:>10.1f}{part.share:>10.0%}"
+            lines.append(line)
+        work = f"{self.num_bytes / 1e6:>10.2f}{self.operations / 1e6:>10.1f}{self.share:>10.0%} (limit: {limits})"
+        lines.append(f"{'all':<12}{1e6 * self.seconds:>10.1f}{1:>9.1%}{'':>7}{work}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Step:
+    """What was measured of one step, by part."""
+
+    sequences: int = 0  # that each computed their last token, if nobody computed more; else 0
+    seconds: dict[str, float] = field(default_factory=partial(defaultdict, float))
+    calls: dict[str, float] = field(default_factory=partial(defaultdict, float))
+    num_bytes: dict[str, float] = field(default_factory=partial(defaultdict, float))
+    operations: dict[str, float] = field(default_factory=partial(defaultdict, float))
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Clock:
+    """Gives every moment of a step to one part: that of the innermost call timed."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._part: str | None = None  # None: nobody's
+        self._since = 0.0
+
+    def timed(self, part: str | None, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, its time given to ``part`` (None: to nobody) but for what it calls that is timed itself."""
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            before = self._switch(part)
+            try:
+                return call(*args, **options)
+            finally:
+                self._switch(before)
+
+        return wrapped
+
+    def step(self, call: Callable[[], None]) -> Callable[[], None]:
+        """The call that is a step; what nothing in it claims is "other"."""
+
+        def wrapped() -> None:
+            self.steps.append(Step())
+            self.timed("other", call)()
+
+        return wrapped
+
+    def _switch(self, part: str | None) -> str | None:
+        now, before = time.perf_counter(), self._part
+        if before is not None:
+            self.steps[-1].seconds[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+
+def _nbytes(*tensors: Any) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _profiled(ops: Ops, weights: Any, clock: Clock) -> Ops:
+    """The ops of a model with these ``weights`` and of its sampler, timed by ``clock``."""
+    products = {id(weights.head): "head"}
+    for layer in weights.layers:
+        products |= {id(getattr(layer, name)[0]): name for name in PRODUCTS[:-1]}
+
+    def count(part: str, num_bytes: float, operations: float) -> None:
+        step = clock.steps[-1]
+        step.calls[part] += 1
+        step.num_bytes[part] += num_bytes
+        step.operations[part] += operations
+
+    note = clock.timed(None, count)
+
+    def kernel(part: str, op: Callable[..., Any], work: Callable[..., tuple[float, float]]) -> Callable[..., Any]:
+        timed = clock.timed(part, op)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            result = timed(*args, **options)
+            note(part, *work(result, *args, **options))
+            return result
+
+        return wrapped
+
+    def linear(x: Tensor, weights: Any, biases: Any = None, **options: Any) -> Tensor:
+        def work(result: Tensor, *_: Any, **__: Any) -> tuple[float, float]:
+            return _nbytes(x, result, *weights, *(biases or ()), options.get("residual")), 2.0 * result.numel() * x.shape[1]
+
+        return kernel(products[id(weights[0])], ops.linear, work)(x, weights, biases, **options)
+
+    def attention_work(result: Tensor, q: Tensor, keys: Tensor, *args: Any, **options: Any) -> tuple[float, float]:
+        """Of the keys and values of each context, every query of the sequence with each: as in decoding, where there is one."""
+        _, query_start, context_len = args[1:4]
+        tokens, heads, width = q.shape
+        read = 2 * int(context_len.sum()) * keys.shape[1] * width * keys.element_size()
+        pairs = int((context_len * query_start.diff()).sum())
+        return read + _nbytes(q, result), 4.0 * pairs * heads * width
+
+    def streamed(factor: float) -> Callable[..., tuple[float, float]]:
+        """The work of an op that reads its first argument and writes its result, with so many operations for each number of it."""
+        return lambda result, x, *_, **__: (_nbytes(x, result), factor * result.numel())
+
+    def sampled(result: Any, logits: Tensor, *_: Any, **__: Any) -> tuple[float, float]:
+        return logits.nbytes, 0.0
+
+    return dataclasses.replace(
+        ops,
+        embed=kernel("embed", ops.embed, lambda result, *_: (2 * result.nbytes, 0.0)),
+        linear=linear,
+        rms_norm=kernel("norms", ops.rms_norm, streamed(4)),
+        rope_append=kernel("rope", ops.rope_append, streamed(6)),
+        paged_attention=kernel("attention", ops.paged_attention, attention_work),
+        silu_mul=kernel("activation", ops.silu_mul, streamed(5)),
+        sample=kernel("sampling", ops.sample, sampled),
+    )
+
+
+@contextmanager
+def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
+    """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
+    ops = _profiled(decoder.ops, decoder.model.weights, clock)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops)
+    execute = clock.timed("commit", decoder._execute)
+
+    def look_and_execute(plan: StepPlan) -> None:
+        decodes = all(scheduled.num_tokens == 1 and scheduled.rows for scheduled in plan.sequences)
+        clock.steps[-1].sequences = len(plan.sequences) if decodes else 0
+        execute(plan)
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (decoder.runner, "model", model),
+        (decoder.sampler, "ops", ops),
+        (decoder.runner, "run", clock.timed("layers", decoder.runner.run)),
+        (decoder.runner, "_prepare", clock.timed("batch", decoder.runner._prepare)),
+        (decoder.scheduler, "plan", clock.timed("plan", decoder.scheduler.plan)),
+        (decoder.sampler, "draw", clock.timed("rows", decoder.sampler.draw)),
+        (decoder, "_execute", look_and_execute),
+        (decoder, "step", clock.step(decoder.step)),
+    ]
+    before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is None:  # a method of its class
+                vars(owner).pop(name, None)
+            else:
+                setattr(owner, name, value)
+
+
+def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Explanation:
+    """See ``Decoder.explain``."""
+    for name, value, most in (
+        ("batch_size", batch_size, decoder.scheduler.max_batch_size),
+        ("context", context, decoder.config.max_position - 2),
+        ("steps", steps, decoder.config.max_position - 1 - context if isinstance(context, int) else 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; it must be an integer")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
+    if decoder.scheduler.has_work:
+        raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
+    prompts = [[(31 * row + 7 * place) % decoder.config.vocab_size for place in range(context)] for row in range(batch_size)]
+    clock = Clock()
+    with _watched(decoder, clock):
+        outputs = decoder.generate(prompts, max_new_tokens=steps + 1, ignore_eos=True, do_sample=False)
+    for output in outputs:
+        if output.error:
+            raise RuntimeError(f"a step that explain() has run failed: {output.error}")
+    decoding = sorted((step for step in clock.steps if step.sequences == batch_size), key=lambda step: step.total)
+    if not decoding:
+        raise RuntimeError(f"no step had all {batch_size} sequences; steps is {steps}, and prompts or cache may take more than one")
+    return _summary(decoding[: (len(decoding) + 1) // 2], batch_size, context, len(decoding))
+
+
+def _summary(chosen: list[Step], batch_size: int, context: int, steps: int) -> Explanation:
+    """The mean of some of the ``steps`` that were run."""
+    n = len(chosen)
+    bandwidth = limits.read_bandwidth(int(sum(sum(step.num_bytes.values()) for step in chosen) / n))
+    rate = limits.flop_rate()
+    parts = []
+    for name in PARTS:
+        num_bytes, operations = sum(step.num_bytes[name] for step in chosen) / n, sum(step.operations[name] for step in chosen) / n
+        limit = max(num_bytes / bandwidth, operations / rate)
+        seconds, calls = sum(step.seconds[name] for step in chosen) / n, sum(step.calls[name] for step in chosen) / n
+        parts.append(Part(name, seconds, calls, num_bytes, operations, limit))
+    return Explanation(batch_size, context, steps, sum(part.seconds for part in parts), tuple(parts), bandwidth, rate)
