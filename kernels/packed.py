@@ -19,9 +19,9 @@ from torch import Tensor
 
 PANEL = 32  # outputs per panel
 FLOAT_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What a row of x is quantised to before it meets integer weights: int8, one scale per so many of its elements.
-ACTIVATION_GROUP = {"int8": 128, "int4": 32}
-FORMATS = (*FLOAT_FORMATS.values(), *ACTIVATION_GROUP)
+INTEGER_FORMATS = ("int8", "int4")
+FORMATS = (*FLOAT_FORMATS.values(), *INTEGER_FORMATS)
+ACTIVATION_GROUP = 128  # a row of x becomes int8 before it meets integer weights, with one scale per so many of its elements
 INT4_GROUP = 32
 INT4_GROUP_BYTES = PANEL * INT4_GROUP // 2 + 2 * PANEL
 
@@ -79,7 +79,7 @@ def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
         padded = weight.new_zeros((PANEL * panels, columns))
         padded[:n, :k] = weight
     scale = None
-    if format in ACTIVATION_GROUP:
+    if format in INTEGER_FORMATS:
         padded = padded.float()
         if not bool(padded.isfinite().all()):
             raise ValueError(f"weight holds values that are not finite, which {format} cannot")

@@ -35,7 +35,7 @@ void linear(uintptr_t x, int64_t x_stride, int64_t m, int64_t k, const py::tuple
     args.residual = as<const float>(residual);
     args.out = as<float>(out);
     const Computing computing;
-    active().linear(args);
+    (args.format >= kPanelsInt8 ? active().linear_int : active().linear)(args);
 }
 
 void embed(uintptr_t tokens, int64_t count, uintptr_t table, uintptr_t scale, int format, int64_t vocabulary, int64_t k, uintptr_t out) {

@@ -14,10 +14,19 @@ struct Choice {
     const Kernels* kernels;
 };
 
+#if defined(__x86_64__)
+Kernels with(Kernels kernels, void (*linear_int)(const LinearArgs&)) {
+    kernels.linear_int = linear_int;
+    return kernels;
+}
+#endif
+
 const Kernels* table(const std::string& isa) {
 #if defined(__x86_64__)
     if (isa == "avx2") return &avx2::kernels();
     if (isa == "avx512") return &avx512::kernels();
+    static const Kernels avx512vnni = with(avx512::kernels(), avx512vnni::linear_int);
+    if (isa == "avx512vnni") return &avx512vnni;
 #endif
     return isa == "portable" ? &portable::kernels() : nullptr;
 }
@@ -53,6 +62,7 @@ std::vector<std::string> supported_isas() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512dq")) {
             names.push_back("avx512");
+            if (__builtin_cpu_supports("avx512vnni")) names.push_back("avx512vnni");
         }
     }
 #endif

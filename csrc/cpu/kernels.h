@@ -23,10 +23,10 @@ enum WeightFormat : int {
     kPanelsInt8 = 6,
     kPanelsInt4 = 7,
 };
-constexpr int64_t kPanel = 32;            // outputs per panel
-constexpr int64_t kInt8Group = 128;       // elements of x that share a scale, beside int8 weights
-constexpr int64_t kInt4Group = 32;        // likewise beside int4 weights, which have groups of their own along K
-constexpr int64_t kInt4GroupBytes = 576;  // of a panel: 512 of nibbles, 32 float16 scales
+constexpr int64_t kPanel = 32;             // outputs per panel
+constexpr int64_t kActivationGroup = 128;  // elements of a row of x that share a scale, beside int8 and int4 weights
+constexpr int64_t kInt4Group = 32;         // elements along K of int4 weights that share a scale
+constexpr int64_t kInt4GroupBytes = 576;   // of a panel: 512 of nibbles, 32 float16 scales
 struct LinearSegment {
     const void* weight;  // [n, k] of LinearArgs::format
     const float* scale;  // [panels * kPanel], kPanelsInt8 only
@@ -185,7 +185,8 @@ struct RopeArgs {
 
 struct Kernels {
     // ---- linear ----
-    void (*linear)(const LinearArgs& args);
+    void (*linear)(const LinearArgs& args);      // weights of floats
+    void (*linear_int)(const LinearArgs& args);  // of int8 and int4: with VNNI the only one to differ from the table without
     // Rows `tokens` of a matrix of k columns as float32 [count, k].
     void (*embed)(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
@@ -224,6 +225,9 @@ const Kernels& kernels();
 }
 namespace avx512 {
 const Kernels& kernels();
+}
+namespace avx512vnni {
+void linear_int(const LinearArgs& args);
 }
 #endif
 

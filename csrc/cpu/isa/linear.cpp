@@ -65,8 +65,7 @@ RowOf row_of(WeightFormat format) {
 
 void linear(const LinearArgs& args) {
     if (args.format <= kRowsF16) return linear_rows(args);
-    if (args.format <= kPanelsF16) return linear_panels(args);
-    linear_int(args);
+    linear_panels(args);
 }
 
 void embed(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out) {

@@ -9,7 +9,6 @@ namespace ENGINE_ISA {
 
 void linear_rows(const LinearArgs& args);    // linear_rows.cpp
 void linear_panels(const LinearArgs& args);  // linear_panels.cpp
-void linear_int(const LinearArgs& args);     // linear_int.cpp
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

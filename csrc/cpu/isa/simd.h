@@ -8,6 +8,7 @@
 #define ENGINE_ISA_LEVEL_portable 0
 #define ENGINE_ISA_LEVEL_avx2 1
 #define ENGINE_ISA_LEVEL_avx512 2
+#define ENGINE_ISA_LEVEL_avx512vnni 2
 #define ENGINE_ISA_PASTE(a, b) a##b
 #define ENGINE_ISA_LEVEL_OF(isa) ENGINE_ISA_PASTE(ENGINE_ISA_LEVEL_, isa)
 #define ENGINE_ISA_LEVEL ENGINE_ISA_LEVEL_OF(ENGINE_ISA)  // 0 portable, 1 avx2, 2 avx512

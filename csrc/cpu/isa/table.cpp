@@ -5,7 +5,8 @@
 namespace engine {
 namespace ENGINE_ISA {
 
-void linear(const LinearArgs& args);  // linear.cpp
+void linear(const LinearArgs& args);      // linear.cpp
+void linear_int(const LinearArgs& args);  // linear_int.cpp
 void embed(const int32_t* tokens, int64_t count, const LinearSegment& table, WeightFormat format, int64_t k, float* out);
 
 float read_floats(const float* data, int64_t count);  // limits.cpp
@@ -30,6 +31,7 @@ const Kernels& kernels() {
     static const Kernels table = [] {
         Kernels k{};
         k.linear = linear;
+        k.linear_int = linear_int;
         k.read_floats = read_floats;
         k.multiply_adds = multiply_adds;
         k.attention_item = attention_item;
