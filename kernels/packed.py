@@ -5,8 +5,8 @@
 * float32, float16: ``[P, K, 32]``, ``data[p, k, i] = w(p, i)[k]``.
 * bfloat16: ``[P, ceil(K / 2), 32, 2]``, ``data[p, j, i, h] = w(p, i)[2 j + h]``: two neighbours along K make one 32-bit word.
 * int8: uint8 ``[P, ceil(K / 4), 32, 4]``, ``data[p, j, i, h] = q + 128`` with ``W[n, k] ~ scale[n] * q``, q from -127 to 127.
-* int4: uint8 ``[P, G, 576]`` for G = ceil(K / 32) groups of 32 along K. First 512 bytes ``[2, 4, 16, 4]``: byte ``[h, j, i, b]`` is of
-  output ``16 h + i``; its low nibble is ``q + 8`` at k = 32 g + 4 j + b, its high nibble that at 16 further. Then 32 float16 scales, one per
+* int4: uint8 ``[P, G, 576]`` for G = ceil(K / 32) groups of 32 along K. First 512 bytes ``[2, 4, 16, 4]``: byte ``[h, j, i, b]`` is
+  of output ``16 h + i``; its low nibble is ``q + 8`` at k = 32 g + 4 j + b, its high nibble that at 16 further. Then 32 float16 scales, one per
   output: ``W[n, k] ~ scale * q``, q from -8 to 7. Scales travel with their group, so that a step reads one stream.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor
 
 PANEL = 32  # outputs per panel
 FLOAT_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What a row of x is quantised to before it meets integer weights: int8, one scale per so many of its elements.
-ACTIVATION_GROUP = {"int8": 128, "int4": 32}
-FORMATS = (*FLOAT_FORMATS.values(), *ACTIVATION_GROUP)
+INTEGER_FORMATS = ("int8", "int4")
+FORMATS = (*FLOAT_FORMATS.values(), *INTEGER_FORMATS)
+ACTIVATION_GROUP = 128  # a row of x becomes int8 before it meets integer weights, with one scale per so many of its elements
 INT4_GROUP = 32
 INT4_GROUP_BYTES = PANEL * INT4_GROUP // 2 + 2 * PANEL
 
@@ -79,7 +79,7 @@ def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
         padded = weight.new_zeros((PANEL * panels, columns))
         padded[:n, :k] = weight
     scale = None
-    if format in ACTIVATION_GROUP:
+    if format in INTEGER_FORMATS:
         padded = padded.float()
         if not bool(padded.isfinite().all()):
             raise ValueError(f"weight holds values that are not finite, which {format} cannot")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .packed import ACTIVATION_GROUP, PackedWeight
+from .packed import INTEGER_FORMATS, PackedWeight
 from .reference_beam import beam_select
 from .reference_linear import integer_product
 from .reference_sample import sample
@@ -66,7 +66,7 @@ def linear(
 def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     if not isinstance(weight, PackedWeight):
         return x @ weight.float().T
-    if weight.format in ACTIVATION_GROUP:
+    if weight.format in INTEGER_FORMATS:
         return integer_product(x, weight)
     return (x.bfloat16().float() if weight.format == "bfloat16" else x) @ weight.dense().float().T
 

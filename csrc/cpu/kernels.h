@@ -23,10 +23,10 @@ enum WeightFormat : int {
     kPanelsInt8 = 6,
     kPanelsInt4 = 7,
 };
-constexpr int64_t kPanel = 32;            // outputs per panel
-constexpr int64_t kInt8Group = 128;       // elements of x that share a scale, beside int8 weights
-constexpr int64_t kInt4Group = 32;        // likewise beside int4 weights, which have groups of their own along K
-constexpr int64_t kInt4GroupBytes = 576;  // of a panel: 512 of nibbles, 32 float16 scales
+constexpr int64_t kPanel = 32;             // outputs per panel
+constexpr int64_t kActivationGroup = 128;  // elements of a row of x that share a scale, beside int8 and int4 weights
+constexpr int64_t kInt4Group = 32;         // elements along K of int4 weights that share a scale
+constexpr int64_t kInt4GroupBytes = 576;   // of a panel: 512 of nibbles, 32 float16 scales
 struct LinearSegment {
     const void* weight;  // [n, k] of LinearArgs::format
     const float* scale;  // [panels * kPanel], kPanelsInt8 only
