@@ -6,8 +6,8 @@
 * bfloat16: ``[P, ceil(K / 2), 32, 2]``, ``data[p, j, i, h] = w(p, i)[2 j + h]``: two neighbours along K make one 32-bit word.
 * int8: uint8 ``[P, ceil(K / 4), 32, 4]``, ``data[p, j, i, h] = q + 128`` with ``W[n, k] ~ scale[n] * q``, q from -127 to 127.
 * int4: uint8 ``[P, G, 576]`` for G = ceil(K / 32) groups of 32 along K. First 512 bytes ``[2, 4, 16, 4]``: byte ``[h, j, i, b]`` is
-  of output ``16 h + i``; its low nibble is ``q + 8`` at k = 32 g + 4 j + b, its high nibble that at 16 further. Then 32 float16 scales, one per
-  output: ``W[n, k] ~ scale * q``, q from -8 to 7. Scales travel with their group, so that a step reads one stream.
+  of output ``16 h + i``; its low nibble is ``q + 8`` at k = 32 g + 4 j + b, its high nibble that at 16 further. Then 32 float16 scales,
+  one per output: ``W[n, k] ~ scale * q``, q from -8 to 7. Scales travel with their group, so that a step reads one stream.
 """
 
 from __future__ import annotations

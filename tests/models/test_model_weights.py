@@ -81,7 +81,7 @@ def test_quantised_computes_what_the_oracle_does(raw: dict[str, Any], weights: s
     exact = run_logits(load(model).model, tokens)
     # The products agree to the bit, what lies between them to float rounding, which may turn the rounding of an activation.
     assert (logits - oracle).norm() < 0.01 * exact.norm()
-    assert (logits - exact).norm() < {"int8": 0.03, "int4": 0.3}[weights] * exact.norm()
+    assert (logits - exact).norm() < {"int8": 0.05, "int4": 0.4}[weights] * exact.norm()
     assert torch.equal(run_logits(ours, tokens, chunks=[1, 2, 7, 13, 17]), logits)
 
 
