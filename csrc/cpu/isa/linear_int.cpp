@@ -63,7 +63,7 @@ void quantise_group(const float* x, int64_t rows, int32_t* to) {
         largest = bits > largest ? bits : largest;
     }
     const float magnitude = float_of_bits(static_cast<uint32_t>(largest));
-    const bool finite = largest < 0x7f800000, used = finite && magnitude > kTiny;
+    const bool finite = largest < 0x7f800000, used = finite && magnitude >= kTiny;
     int8_t q[kGroup] = {};
     if (used) {
         const float factor = 127 / magnitude;
