@@ -113,7 +113,8 @@ class BlockPool:
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Drop the blocks past the first ``num_tokens`` tokens."""
-        while len(table) > self.blocks_for(num_tokens):
+        keep = self.blocks_for(num_tokens)
+        while len(table) > keep:
             self._drop(table.pop())
 
     def release(self, table: BlockTable) -> None:

@@ -252,7 +252,7 @@ def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Expl
     prompts = [[(31 * row + 7 * place) % decoder.config.vocab_size for place in range(context)] for row in range(batch_size)]
     clock = Clock()
     with _watched(decoder, clock):
-        outputs = decoder.generate(prompts, max_new_tokens=steps + 1, ignore_eos=True, do_sample=False)
+        outputs = decoder.generate(prompts, max_new_tokens=steps + 1, ignore_eos=True, do_sample=False, seed=0)
     for output in outputs:
         if output.error:
             raise RuntimeError(f"a step that explain() has run failed: {output.error}")

@@ -212,6 +212,13 @@ class Request(TokenSequence):
         return len(self.beams) if self.searches else 1
 
     @property
+    def num_blocks(self) -> int:
+        """Cache blocks that it holds; one that beams share is counted once."""
+        if not self.searches:
+            return len(self.block_table)
+        return len({block for beam in self.beams for block in beam.block_table})
+
+    @property
     def seats(self) -> int:
         """Sequences that it may have at once, its followers' not counted."""
         return self.num_beams

@@ -236,6 +236,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan) -> None:
         """Record that a plan has been run: its tokens are in the cache, and followers and beams have joined."""
+        counted: Request | None = None
         for scheduled in plan.sequences:
             request, sequence = scheduled.request, scheduled.sequence
             sequence.num_computed = scheduled.end
@@ -244,12 +245,9 @@ class Scheduler:
                     beam.block_table = self.pool.fork(sequence.block_table)
                     beam.num_computed = sequence.num_computed
                 request.shared = 0
-            if request.searches:
-                num_blocks = len({block for beam in request.beams for block in beam.block_table})
-            else:
-                num_blocks = len(request.block_table)
-            if num_blocks > request.peak_blocks:
-                request.peak_blocks = num_blocks
+            if request is not counted:  # its beams come one after the other, and what they hold together has been decided by the plan
+                counted = request
+                request.peak_blocks = max(request.peak_blocks, request.num_blocks)
             if request.followers and scheduled.rows:
                 for follower in request.followers:
                     follower.block_table = self.pool.fork(request.block_table)

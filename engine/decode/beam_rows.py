@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..columns import tensor_of
 from ..kernels import STATUS_NAN, STATUS_OK, Ops
 from ..outputs import FinishReason
 from ..request import Beam, Drawn, Request
@@ -89,28 +91,20 @@ def _turn(ops: Ops, logits: Tensor, beams: list[Beam], choices: Mapping[Request,
     first = beams[0].group
     starts = [r for r, beam in enumerate(beams) if stochastic or r == 0 or beam.request is not beams[r - 1].request]
     searches = [beams[r].request.searches[beams[r].group] for r in starts]
-    device = logits.device
-    temperature, scores = torch.tensor(
-        [[beam.controls.temperature for beam in beams], [0.0 if stochastic else beam.score for beam in beams]],
-        dtype=torch.float32, device=device,
-    )  # fmt: skip
-    top_k, position = torch.tensor(
-        [[beam.controls.top_k for beam in beams], [len(beam.tokens) for beam in beams]], dtype=torch.int32, device=device
-    )
     noise: dict[str, Tensor] = {}
     if stochastic:
         noise = {
-            "seed": torch.tensor([as_int64(beam.request.seed) for beam in beams], dtype=torch.int64, device=device),
-            "stream": torch.tensor([noise_stream(beam) for beam in beams], dtype=torch.int32, device=device),
+            "seed": tensor_of(array("q", [as_int64(beam.request.seed) for beam in beams])),
+            "stream": tensor_of(array("i", [noise_stream(beam) for beam in beams])),
         }
     result = ops.beam_select(
         logits,
-        scores,
-        torch.tensor([*starts, len(beams)], dtype=torch.int32, device=device),
-        max(search.num_candidates for search in searches),
-        temperature,
-        top_k,
-        position,
+        tensor_of(array("f", [0.0 if stochastic else beam.score for beam in beams])),
+        tensor_of(array("i", [*starts, len(beams)])),
+        max([search.num_candidates for search in searches]),
+        tensor_of(array("f", [beam.controls.temperature for beam in beams])),
+        tensor_of(array("i", [beam.controls.top_k for beam in beams])),
+        tensor_of(array("i", [len(beam.tokens) for beam in beams])),
         **noise,
         **lists(beams, logits.shape[1], [choices[beam.request].penalised(first) for beam in beams] if first else None),
     )

@@ -39,6 +39,8 @@ def lists(rows: Sequence[TokenSequence], vocab_size: int, penalised: Sequence[Ma
 
     ``penalised``: for each row, what is subtracted from tokens besides.
     """
+    if not penalised and all([row.controls.is_bare(row) for row in rows]):
+        return {}
     return {
         "penalties": _penalties(rows),
         "bias": _bias(rows, penalised or [{}] * len(rows)),

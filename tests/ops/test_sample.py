@@ -531,3 +531,54 @@ def test_bad_arguments(sample: Any, change: dict[str, Any], error: type[Exceptio
     sample(**good, penalties=PENALTIES, bias=BIAS, end_tokens=ENDS, allowed=torch.full((2, 1), -1, dtype=torch.int32), logprobs=4)
     with pytest.raises(error, match=message):
         sample(**{**good, **change})
+
+
+# ---- the workspace ----
+
+
+@needs_cpp
+@pytest.mark.parametrize("logprobs", [None, 0, 3])
+def test_calls_with_a_workspace_are_calls_without(logprobs: int | None):
+    """The same tensors with other numbers, other tensors, other logits, other lists, other sizes, in any order."""
+    generator = torch.Generator().manual_seed(5)
+    workspace = cpu.SampleWorkspace()
+    kept = {rows: arguments(rows, 0.8, 5) for rows in (1, 4)}
+    lists = {rows: sample_cases.lists(rows, 300, generator) for rows in kept}
+    for turn in range(60):
+        rows = (1, 4)[turn // 3 % 2]
+        given = kept[rows] if turn % 5 else {name: t.clone() for name, t in kept[rows].items()}
+        given["position"] += 1
+        given["temperature"].fill_(0.5 + turn % 3)
+        logits = torch.randn(rows, 300, generator=generator).to(torch.bfloat16 if turn % 7 == 0 else torch.float32)
+        if turn % 11 == 0:
+            logits = torch.randn(rows, 600, generator=generator)[:, ::2].contiguous() if turn % 2 else torch.randn(rows, 310)[:, :300]
+        more = lists[rows] if turn % 4 == 0 else {}
+        expected = cpu.sample(logits, **given, **more, logprobs=logprobs)
+        assert same(cpu.sample(logits, **given, **more, logprobs=logprobs, workspace=workspace), expected), turn
+
+
+@needs_cpp
+def test_a_workspace_keeps_the_results_and_what_is_checked():
+    workspace = cpu.SampleWorkspace()
+    given, logits = arguments(2), torch.zeros(2, 7)
+    first = cpu.sample(logits, **given, logprobs=0, workspace=workspace)
+    logits = torch.full((2, 7), -INF)
+    logits[:, 3] = 0.0
+    assert cpu.sample(logits, **given, logprobs=0, workspace=workspace) is first and first.tokens.tolist() == [3, 3]
+    given["top_p"][1] = 1.5  # numbers are looked at in every call
+    with pytest.raises(ValueError, match="top_p must be in \\[0, 1\\], got 1.5 at 1"):
+        cpu.sample(logits, **given, logprobs=0, workspace=workspace)
+    given["top_p"][1] = 1.0
+    for wrong, error, message in (
+        (torch.zeros(3, 7), ValueError, "temperature must have shape"),
+        (torch.zeros(2, 7, dtype=torch.float64), TypeError, "logits must be float32"),
+        (torch.zeros(7, 2).T, ValueError, "unit stride in V"),
+        ([[0.0]], TypeError, "logits must be a tensor"),
+    ):
+        with pytest.raises(error, match=message):
+            cpu.sample(wrong, **given, logprobs=0, workspace=workspace)
+    with pytest.raises(TypeError, match="logprobs must be None or an integer, got True"):
+        cpu.sample(logits, **given, logprobs=True, workspace=workspace)
+    assert cpu.sample(logits, **given, logprobs=0, workspace=workspace).tokens.tolist() == [3, 3]
+    with pytest.raises(TypeError, match="workspace must be a cpu.SampleWorkspace or None, got str"):
+        cpu.sample(logits, **given, workspace="mine")

@@ -89,10 +89,12 @@ def test_random_use_never_mixes_up_contents(seed: int):
             table, contents = rng.choice(live)
             count = rng.randint(1, 40)
             start, end = len(contents), len(contents) + count
+            assert pool.is_writable(table, start, end) == (pool.new_blocks([(table, start, end)]) == 0)
             if pool.new_blocks([(table, start, end)]) > pool.num_free:
                 continue
             for source, destination in pool.prepare(table, start, end):
                 memory[destination] = list(memory[source])
+            assert pool.is_writable(table, start, end)
             for i in range(start, end):
                 value = rng.getrandbits(30)
                 memory[table[i // 16]][i % 16] = value

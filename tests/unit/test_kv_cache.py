@@ -110,3 +110,15 @@ def test_wrong_arguments_are_named(ops: kernels.Ops, change: dict, error: type[E
     arguments = [torch.tensor(v, dtype=torch.int32) if isinstance(v, list) else v for v in (good | change).values()]
     with pytest.raises(error, match=named):
         ops.move_tokens(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_blocks_are_copied_whole_in_every_layer(block_size: int, dtype: torch.dtype):
+    cache = numbered(block_size, dtype)
+    before = by_slot(cache, block_size)
+    cache.copy_blocks([])
+    cache.copy_blocks([(0, 3), (0, 1), (2, 4)])
+    for old, new in zip(before, by_slot(cache, block_size), strict=True):
+        expected = old.unflatten(1, (5, block_size))[:, [0, 0, 2, 0, 2]].flatten(1, 2)
+        assert torch.equal(new, expected)

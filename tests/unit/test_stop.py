@@ -130,3 +130,15 @@ def test_a_byte_fallback_tokenizer_with_spaces(ids: list[int]):
     whole = tokenizer.decode(ids)
     if "\ufffd" not in whole:  # this decoder spoils a whole run of bytes for one bad one, good characters given before it included
         assert text == whole
+
+
+def test_single_tokens_are_decoded_the_same_the_second_time():
+    import tokenizers
+
+    from engine.tokenizer import Tokenizer
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "bc": 1, "?": 2}, unk_token="?"))
+    tokenizer = Tokenizer(words)
+    for _ in range(2):
+        assert [tokenizer.decode([i]) for i in range(3)] == ["a", "bc", "?"]
+        assert tokenizer.decode([0, 1]) == words.decode([0, 1]) and tokenizer.decode([]) == ""
