@@ -1,4 +1,8 @@
-"""The engine's kernels, usable on their own: ``from engine import kernels; kernels.sample(...)``."""
+"""The engine's kernels, usable on their own: ``from engine import kernels; kernels.sample(...)``.
+
+Importing this loads no backend: transformers asks for another distribution named ``kernels`` and, where this folder is in sight, imports it
+under that name as well, while a compiled module can be loaded only once.
+"""
 
 from .api import (
     GREEDY_BELOW,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
-
-from . import cpu
 
 
 def set_num_threads(n: int, *, pin: bool | None = None) -> None:
@@ -45,6 +44,7 @@ def threads_pinned() -> bool:
 
 
 def _native() -> Any:
+    cpu = importlib.import_module(".cpu", __package__)  # only now: importing the package loads no backend
     reason = cpu.unavailable("cpu")
     if reason is not None:
         raise RuntimeError(f"the C++ kernels, whose threads these are, are absent: {reason}")

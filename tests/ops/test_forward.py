@@ -26,7 +26,6 @@ pytestmark = pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason=str(c
 
 SIZE = 16
 VOCABULARY = 77
-STEP_FIELDS = ("tokens", "positions", "slots", "query_start", "context_len", "block_table", "logit_rows")
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +44,28 @@ def config_of(**changes: Any) -> ModelConfig:
 
 
 def weights_of(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, norm_dtype: torch.dtype | None = None, fused: bool = False, seed: int = 0
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    norm_dtype: torch.dtype | None = None,
+    fused: bool = False,
+    packed: str | None = None,
 ) -> ModelWeights:
-    """Random tensors; ``fused``: qkv and gate_up as one matrix each."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random tensors; ``fused``: qkv and gate_up as one matrix each; ``packed``: all matrices, in this format."""
+    generator = torch.Generator().manual_seed(0)
     hidden, queries, keys = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
-    def matrix(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+    def matrix(rows: int, columns: int) -> Any:
+        weight = (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(dtype)
+        return kernels.pack(weight, packed) if packed else weight
 
     def vector(size: int) -> Tensor:
         return (1 + 0.2 * torch.randn(size, generator=generator)).to(norm_dtype or dtype)
 
-    def matrices(rows: Sequence[int], columns: int) -> tuple[Tensor, ...]:
+    def matrices(rows: Sequence[int], columns: int) -> tuple[Any, ...]:
         return tuple(matrix(n, columns) for n in ([sum(rows)] if fused else rows))
 
-    def biases(wanted: bool, of: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        return tuple(torch.randn(len(w), generator=generator).to(dtype) for w in of) if wanted else None
+    def biases(wanted: bool, of: Sequence[Any]) -> tuple[Tensor, ...] | None:
+        return tuple(torch.randn(w.shape[0], generator=generator).to(dtype) for w in of) if wanted else None
 
     layers = []
     for _ in range(config.num_layers):
@@ -136,6 +140,10 @@ CASES: dict[str, dict[str, Any]] = {
     "windows": {"config": {"windows": (5, 0, 30)}, "dtype": torch.bfloat16, "norm_dtype": torch.float32},
     "windows everywhere": {"config": {"windows": (5, 17, 16)}},
     "heads wider than hidden": {"config": {"head_dim": 24, "rope": RopeConfig(theta=100.0, rotary_dim=24)}, "cache": torch.bfloat16},
+    "packed": {"packed": "float32", "config": {"tied_head": True, "mlp_bias": True}},
+    "packed bfloat16": {"packed": "bfloat16", "dtype": torch.bfloat16, "fused": True, "cache": torch.bfloat16},
+    "int8": {"packed": "int8", "config": {"qkv_bias": True}, "dtype": torch.bfloat16},
+    "int4": {"packed": "int4", "config": {"qk_norm": True, "windows": (7, 0, 7)}},
 }  # fmt: skip
 
 
@@ -263,6 +271,18 @@ def test_a_live_owner_changes_the_weights() -> None:
     assert torch.equal(model.forward_logits(step, cache), seen[-1])
 
 
+def test_packed_weights_are_the_models_own() -> None:
+    """Norms that a live owner gives other storage are not followed, and what was there is kept."""
+    config = config_of()
+    weights = weights_of(config, packed="float32")
+    model = Transformer(config, weights, kernels.select("cpu", "cpu"))
+    step, cache = step_of(SPANS[0]), cache_of(config)
+    expected = model.forward_logits(step, cache)
+    for layer in weights.layers:
+        layer.ffn_norm.data = torch.zeros(7)
+    assert torch.equal(model.forward_logits(step, cache), expected)
+
+
 def with_entry(step: StepBatch, name: str, index: int | tuple[int, int], value: int) -> StepBatch:
     tensor = getattr(step, name).clone()
     tensor[index] = value
@@ -295,7 +315,7 @@ def test_bad_values_are_refused_before_any_work(name: str, index: Any, value: in
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(before, snapshot(model.config, cache), strict=True))
 
 
-@pytest.mark.parametrize("name", STEP_FIELDS)
+@pytest.mark.parametrize("name", ["tokens", "positions", "slots", "query_start", "context_len", "block_table", "logit_rows"])
 def test_bad_tensors(name: str) -> None:
     model, _, _ = models_of("plain")
     cache, step = cache_of(model.config), step_of(SPANS[0])
@@ -310,16 +330,12 @@ def test_bad_tensors(name: str) -> None:
     ):
         with pytest.raises(error, match=name if name != "tokens" or error is TypeError else "tokens|positions"):
             model.forward_logits(dataclasses.replace(step, **{name: bad}), cache)
+    half_a_tree = dataclasses.replace(step, tree_start=torch.tensor([-1, -1, -1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="tree_start and ancestors must both be given"):
+        model.forward_logits(half_a_tree, cache)
     if name != "logit_rows":
         with pytest.raises(ValueError, match="must have shape"):
             model.forward_logits(dataclasses.replace(step, **{name: good[:-1]}), cache)
-
-
-def test_half_a_tree_is_refused() -> None:
-    model, _, _ = models_of("plain")
-    step = dataclasses.replace(step_of(SPANS[0]), tree_start=torch.tensor([-1, -1, -1], dtype=torch.int32))
-    with pytest.raises(ValueError, match="tree_start and ancestors must both be given"):
-        model.forward_logits(step, cache_of(model.config))
 
 
 def test_caches() -> None:

@@ -32,7 +32,7 @@ def test_transformers_generates_from_the_repository_root() -> None:
     """The folder kernels/ has the import name of another distribution, which transformers looks for; nothing may come of it."""
     pytest.importorskip("transformers")
     output = _succeed("""
-import importlib.util, torch
+import importlib.util, sys, torch
 print(importlib.util.find_spec("kernels").origin)  # in sight
 from transformers import LlamaConfig, LlamaForCausalLM
 sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -40,8 +40,9 @@ model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=None,
 print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape[1])
 import engine, engine.kernels
 print(engine.kernels.__name__, engine.kernels.backends()["reference"])
+print([name for name in sys.modules if name.startswith("kernels.") and "cpu" in name])  # compiled modules cannot be loaded twice
 """)
-    assert output.split() == [str(ROOT / "kernels" / "__init__.py"), "7", "engine.kernels", "None"]
+    assert output.split() == [str(ROOT / "kernels" / "__init__.py"), "7", "engine.kernels", "None", "[]"]
 
 
 def test_engine_works_without_compiled_modules() -> None:
