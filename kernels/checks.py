@@ -70,7 +70,7 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    weights: Sequence[Tensor | PackedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,

@@ -62,7 +62,7 @@ def _on_cpu(name: str, t: Tensor) -> None:
 
 def _linear_plan(
     x: Tensor,
-    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    weights: Sequence[Tensor | PackedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -113,7 +113,7 @@ def _kind(weight: Tensor | PackedWeight) -> int:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    weights: Sequence[Tensor | PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,

@@ -45,7 +45,7 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor] | Sequence[PackedWeight],
+    weights: Sequence[Tensor | PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,

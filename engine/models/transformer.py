@@ -49,6 +49,7 @@ class Transformer:
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype before any packing (the embedding's, where they differ)."""
+        assert self.config.dtype is not None  # `load` has set it
         return self.config.dtype
 
     @property

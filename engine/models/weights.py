@@ -128,10 +128,10 @@ class Assembler:
         # Nothing is read yet from a memory-mapped file, so a bar appears only where a conversion takes its time.
         with tqdm(total=len(shapes), desc=f"loading {self._where}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
             embedding = self._weight(self._names.embedding)
-            head = self._head(embedding)
-            packed = self._pack(head, self._names.head)
+            own_head = self._head(embedding)
+            packed = self._pack(own_head, self._names.head)
             layers = tuple(self._layer(i) for i in range(self._config.num_layers))
-            return ModelWeights(packed if head is embedding else embedding, layers, self._weight(self._names.final_norm), packed)
+            return ModelWeights(packed if own_head is embedding else embedding, layers, self._weight(self._names.final_norm), packed)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name in shapes:
