@@ -190,8 +190,8 @@ def test_nan_fails_only_the_request_that_meets_it():
 
 def test_rows_of_minus_infinity_fail_with_their_reason():
     decoder = Decoder(small_llama(seed=3), cache_tokens=1024)
-    logits = decoder.model.logits
-    decoder.model.logits = lambda hidden: logits(hidden) - math.inf  # type: ignore[method-assign]
+    logits = decoder.model.forward_logits
+    decoder.model.forward_logits = lambda *step: logits(*step) - math.inf  # type: ignore[method-assign]
     output = decoder.generate([5], max_new_tokens=4)[0]
     assert output.finish_reason == "error" and "every logit is -inf" in output.error
 
@@ -199,7 +199,7 @@ def test_rows_of_minus_infinity_fail_with_their_reason():
 def test_an_exception_in_a_step_leaves_the_decoder_usable(llama):
     decoder = Decoder(llama, cache_tokens=1024)
     expected = decoder.generate([5, 6, 7], max_new_tokens=10)[0].token_ids
-    forward, calls = decoder.model.forward, 0
+    forward, calls = decoder.model.forward_logits, 0
 
     def failing(batch, cache):
         nonlocal calls
@@ -208,7 +208,7 @@ def test_an_exception_in_a_step_leaves_the_decoder_usable(llama):
             raise KeyboardInterrupt
         return forward(batch, cache)
 
-    decoder.model.forward = failing  # type: ignore[method-assign]
+    decoder.model.forward_logits = failing  # type: ignore[method-assign]
     bystander = decoder.stream([5, 6, 7], max_new_tokens=10)
     tokens = next(bystander).token_ids
     with pytest.raises(KeyboardInterrupt):

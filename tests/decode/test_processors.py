@@ -162,8 +162,8 @@ def test_an_interrupt_in_one_is_no_failure_of_the_request(decoder):
 
 def test_nan_and_minus_infinity_of_the_model_itself():
     decoder = Decoder(small_llama(seed=3), cache_tokens=1024)
-    logits = decoder.model.logits
-    decoder.model.logits = lambda hidden: logits(hidden).index_fill(1, torch.tensor([7]), -math.inf)  # type: ignore[method-assign]
+    logits = decoder.model.forward_logits
+    decoder.model.forward_logits = lambda *step: logits(*step).index_fill(1, torch.tensor([7]), -math.inf)  # type: ignore[method-assign]
 
     def want_seven(token_ids, row):
         assert row[7] == -math.inf
@@ -174,6 +174,6 @@ def test_nan_and_minus_infinity_of_the_model_itself():
     assert output.token_ids == [7] and output.logprobs == [-math.inf] and output.cumulative_logprob == -math.inf
     assert output.top_logprobs == plain.top_logprobs and output.error is None
 
-    decoder.model.logits = lambda hidden: logits(hidden).index_fill(1, torch.tensor([7]), math.nan)  # type: ignore[method-assign]
+    decoder.model.forward_logits = lambda *step: logits(*step).index_fill(1, torch.tensor([7]), math.nan)  # type: ignore[method-assign]
     output = decoder.generate([5], max_new_tokens=1, logits_processor=want_seven)[0]
     assert output.error == "the model's logits for position 1 hold NaN"
