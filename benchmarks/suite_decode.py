@@ -29,7 +29,7 @@ from engine.kernels import limits
 from engine.kv_cache import block_bytes
 
 PROMPT = 128
-NEW, ROUNDS = {"S": 128, "M": 32}, 3
+NEW, ROUNDS = {"S": 64, "M": 24}, 3
 CACHE_BYTES = 64 << 20  # more than any cache of the machines this runs on holds
 BUNDLED = Path(engine.__file__).parent / "bundled" / "target"
 # A column group of the table -> the weight formats that compete in it, and the bytes of a weight (int4: with a 16-bit scale for every 32).
