@@ -15,7 +15,8 @@ from ours import Engine
 from random_models import random_llama
 from tqdm import tqdm
 
-from engine.kernels import cpu, limits
+import engine
+from engine.kernels import limits
 from engine.kv_cache import block_bytes
 
 CONTEXT = 128
@@ -29,7 +30,7 @@ def run(setting: Setting) -> list[dict[str, Any]]:
     every = slice(None, None, 3 if setting.quick else 1)
     for dtype in ("bf16",) if setting.quick else ("fp32", "bf16"):
         for axis, points in (
-            ("threads", range(1, cpu._cpu.num_threads() + 1)),
+            ("threads", range(1, engine.get_num_threads() + 1)),
             ("batch", BATCHES[every]),
             ("context", CONTEXTS[: 3 if setting.quick else None]),
             ("vocabulary", VOCABS[every]),
@@ -53,12 +54,12 @@ def run(setting: Setting) -> list[dict[str, Any]]:
 @contextmanager
 def threads(n: int) -> Iterator[None]:
     """So many threads of the kernels' pool."""
-    before = cpu._cpu.num_threads()
-    cpu._cpu.set_num_threads(n)
+    before = engine.get_num_threads()
+    engine.set_num_threads(n)
     try:
         yield
     finally:
-        cpu._cpu.set_num_threads(before)
+        engine.set_num_threads(before)
 
 
 def point(setting: Setting, dtype: str, axis: str, value: int) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def point(setting: Setting, dtype: str, axis: str, value: int) -> dict[str, Any]
     ours = Engine(model, dtype, max_batch=batch, cache_tokens=batch * (context + new + 32))
     vocab = ours.decoder.config.vocab_size
     prompts = torch.randint(3, vocab, (batch, context), generator=torch.Generator().manual_seed(1)).tolist()
-    with threads(value if axis == "threads" else cpu._cpu.num_threads()):
+    with threads(value if axis == "threads" else engine.get_num_threads()):
         # Fewer threads may reach less of the machine; what they read is measured in the same rounds.
         machine = Machine(1.0, limits.flop_rate(repeats=2)) if axis == "threads" else setting.machine
         ours.decode(prompts[:1], 3)

@@ -39,7 +39,7 @@ def runner_of() -> Runner:
     return Runner(SimpleNamespace(), SimpleNamespace(), 16)  # type: ignore[arg-type]  # neither is asked for anything
 
 
-def check(plan: StepPlan, batch: StepBatch, every_row: bool) -> None:
+def check(plan: StepPlan, batch: StepBatch) -> None:
     """The batch holds what the plan says, each number by its definition."""
     at = 0
     for s, scheduled in enumerate(plan.sequences):
@@ -56,7 +56,6 @@ def check(plan: StepPlan, batch: StepBatch, every_row: bool) -> None:
         at += len(tokens)
     rows = [int(batch.query_start[r.scheduled]) + plan.sequences[r.scheduled].num_tokens - 1 + r.node for r in plan.rows]
     assert batch.logit_rows.tolist() == rows
-    assert every_row == (rows == list(range(at)))
     assert len(batch.tokens) == len(batch.positions) == len(batch.slots) == at
     assert (batch.tree_start is not None) == any(not scheduled.draft.is_chain for scheduled in plan.sequences)
 
@@ -67,13 +66,13 @@ def test_steps_of_decoding_are_one_batch_whose_numbers_move_on():
     batches = []
     for token in range(40):  # over the edges of blocks
         plan = scheduler.plan()
-        batch, every_row = runner._prepare(plan)
-        check(plan, batch, every_row)
+        batch = runner._prepare(plan)
+        check(plan, batch)
         batches.append(batch)
         scheduler.commit(plan)
         for request in requests:
             request.append(Drawn(token, 0.0, 0.0))
-    assert every_row and batches[0] is not batches[1]
+    assert batches[0] is not batches[1]
     assert all(batch is batches[1] for batch in batches[1:])
 
 
@@ -81,23 +80,23 @@ def test_a_step_of_other_sizes_leaves_the_tensors_of_the_one_before_alone():
     first, second = request_of(5), request_of(7)
     scheduler, runner = scheduler_of(first), runner_of()
     plan = scheduler.plan()
-    before, _ = runner._prepare(plan)
+    before = runner._prepare(plan)
     kept = before.tokens.clone()
     scheduler.commit(plan)
     first.append(Drawn(1, 0.0, 0.0))
     scheduler.add(second)
     plan = scheduler.plan()
-    after, every_row = runner._prepare(plan)
-    check(plan, after, every_row)
-    assert after is not before and not every_row and torch.equal(before.tokens, kept)
+    after = runner._prepare(plan)
+    check(plan, after)
+    assert after is not before and torch.equal(before.tokens, kept)
 
 
 def test_followers_share_a_row():
     scheduler, runner = scheduler_of(request_of(4, followers=2)), runner_of()
     plan = scheduler.plan()
-    batch, every_row = runner._prepare(plan)
-    check(plan, batch, every_row)
-    assert batch.logit_rows.tolist() == [3, 3, 3] and not every_row
+    batch = runner._prepare(plan)
+    check(plan, batch)
+    assert batch.logit_rows.tolist() == [3, 3, 3]
 
 
 def test_a_step_with_a_tree_has_tensors_of_its_own():
@@ -108,8 +107,8 @@ def test_a_step_with_a_tree_has_tensors_of_its_own():
     for draft in (None, *trees, Draft.chain([7, 8], [0.5, 0.5])):
         request.draft = draft
         plan = scheduler.plan()
-        batch, every_row = runner._prepare(plan)
-        check(plan, batch, every_row)
+        batch = runner._prepare(plan)
+        check(plan, batch)
         assert all(batch is not other for other in batches)
         batches.append(batch)
         scheduler.commit(plan)
@@ -130,7 +129,7 @@ def test_random_schedules(seed: int):
         plan = scheduler.plan()
         if not plan.sequences:
             continue
-        check(plan, *runner._prepare(plan))
+        check(plan, runner._prepare(plan))
         scheduler.commit(plan)
         for row in plan.rows:
             if not row.node:
