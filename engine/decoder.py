@@ -26,7 +26,7 @@ from .models.load import load
 from .outputs import FinishReason, RequestOutput, StreamEvent
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
-from .request import Beam, Drawn, Request
+from .request import Drawn, Request
 from .runner import Runner
 from .scheduler import Scheduler, StepPlan
 from .tokenizer import Tokenizer
@@ -343,14 +343,12 @@ class Decoder:
         self.scheduler.commit(plan)
         if logits is None:
             return
-        sequences = speculate.sequences(plan)
-        beams = [row.sequence for row in plan.rows[len(sequences) :] if isinstance(row.sequence, Beam)]
-        if sequences:
-            drawn = self.sampler.draw(logits[: len(sequences)] if beams else logits, sequences)
+        if plan.drawing:
+            drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
             for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
                 self._carry_out(verdict)
-        if beams:
-            for choice in choose(self.ops, logits[len(sequences) :] if sequences else logits, beams):
+        if plan.beams:
+            for choice in choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams):
                 if choice.error is not None:
                     self._finish(choice.request, "error", error=choice.error)
                     continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .blocks import BlockPool, Write
 from .drafters.draft import Draft
@@ -49,21 +49,27 @@ class Row(NamedTuple):
 class StepPlan:
     sequences: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # block copies to carry out first (copy-on-write)
-    # The rows of logits in their order: beams come last, the nodes of a draft one after the other.
+    # The rows of logits in their order: beams come last, the nodes of a draft one after the other. And whose they are: what draws a token
+    # from each that is no beam's, and the beams.
     rows: list[Row] = field(default_factory=list)
+    drawing: list[Any] = field(default_factory=list)  # Request or Lookahead
+    beams: list[Beam] = field(default_factory=list)
 
     def add_rows(self) -> None:
         """Those of its sequences, once all are there with their drafts."""
-        rows, beams = self.rows, []
+        beam_rows = []
         for i, scheduled in enumerate(self.sequences):
             for sequence in scheduled.rows:
                 if isinstance(sequence, Beam):
-                    beams.append(Row(sequence, i, 0))
+                    beam_rows.append(Row(sequence, i, 0))
+                    self.beams.append(sequence)
                     continue
-                rows.append(Row(sequence, i, 0))
+                self.rows.append(Row(sequence, i, 0))
+                self.drawing.append(sequence)
                 if scheduled.draft:
-                    rows += [Row(sequence, i, node) for node in range(1, 1 + len(scheduled.draft))]
-        rows += beams
+                    self.rows += [Row(sequence, i, node) for node in range(1, 1 + len(scheduled.draft))]
+                    self.drawing += scheduled.draft.sequences
+        self.rows += beam_rows
 
 
 class Scheduler:

@@ -93,15 +93,6 @@ class Verdict(NamedTuple):
         return len(self.path) - 1
 
 
-def sequences(plan: StepPlan) -> list[Request | Lookahead]:
-    """Whose each row of logits is, those of beams left out."""
-    return [
-        plan.sequences[row.scheduled].draft.sequences[row.node - 1] if row.node else row.sequence
-        for row in plan.rows
-        if isinstance(row.sequence, Request)
-    ]
-
-
 class _Drafted(NamedTuple):
     request: Request
     draft: Draft
