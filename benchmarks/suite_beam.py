@@ -87,14 +87,15 @@ def selection(rounds: int) -> list[dict[str, Any]]:
 
 
 def search(setting: Setting) -> list[dict[str, Any]]:
-    """Whole searches of the bundled model, beside transformers, and of S, beside all peers that have beams; float32."""
+    """Whole searches of the bundled model, beside transformers, and of S, beside all peers that have beams (the quick run spares itself
+    loading them); float32."""
     quick = setting.quick
     new, rounds = (8, 1) if quick else (NEW, 2)
     able = [peer for peer in setting.peers if peer.beams]
     results = []
     for name in ("bundled", "S"):
         # Peers that convert would write beside the bundled model.
-        peers = able if name == "S" else [peer for peer in able if peer.name == "transformers"]
+        peers = able if name == "S" and not quick else [peer for peer in able if peer.name == "transformers"]
         model = bare("S") if name == "S" else AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
         ours = Engine(model, "fp32", max_batch=128, cache_tokens=(PROMPT + 16 * (NEW + 32)) * 8)
         for peer in peers:
