@@ -87,6 +87,7 @@ class Setting:
     quick: bool = True
     device: str = "cpu"
     peers: list[Remote] = field(default_factory=list)
+    models: tuple[str, ...] = ("S", "M")  # of the random models, those that the decode suite runs
 
 
 def interleaved(

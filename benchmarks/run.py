@@ -1,5 +1,5 @@
 """Every benchmark, one command: ``python benchmarks/run.py [--suite kernels|decode|sampling|beam|speculative|scaling|all] [--full]
-[--device cpu|cuda] [--peers auto|none|NAME,NAME] [--out FILE.json] [--against FILE.json] [--explain]``.
+[--models S|M|S,M] [--device cpu|cuda] [--peers auto|none|NAME,NAME] [--out FILE.json] [--against FILE.json] [--explain]``.
 
 The limits of the machine are measured first; contenders run in turn, round after round, and the tables give medians. ``--quick``, the
 default, has fewer cases and rounds and takes less than two minutes (the first time longer: peers convert the models); ``--full`` is the
@@ -36,6 +36,7 @@ def main() -> None:
     length.add_argument("--full", action="store_true", help="all cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}")
     parser.add_argument("--peers", default="auto", help="other engines: auto (those installed), none, or names with commas")
+    parser.add_argument("--models", choices=("S", "M", "S,M"), help="random models of the decode suite; default: S, with --full both")
     parser.add_argument("--out", type=Path, help="write the results here as JSON, and figures beside it")
     parser.add_argument("--against", type=Path, help="an earlier JSON: print how many times as fast this run is, entry by entry")
     parser.add_argument("--explain", action="store_true", help="print where the time of a step goes, and run no suite unless one is named")
@@ -58,7 +59,8 @@ def main() -> None:
         parser.error(str(error))
     for name, why in absent.items():
         print(f"peer {name} does not take part: {why}")
-    setting = Setting(machine, quick=not arguments.full, device=arguments.device, peers=peers)
+    models = tuple((arguments.models or ("S,M" if arguments.full else "S")).split(","))
+    setting = Setting(machine, quick=not arguments.full, device=arguments.device, peers=peers, models=models)
     suites = {name: importlib.import_module(f"suite_{name}") for name in names}
     try:
         results = {name: suite.run(setting) for name, suite in suites.items()}

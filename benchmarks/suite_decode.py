@@ -61,7 +61,7 @@ AIMS = {
 def run(setting: Setting) -> dict[str, Any]:
     machine, quick, peers = setting.machine, setting.quick, setting.peers
     cells: list[dict[str, Any]] = []
-    for shape in ("S",) if quick else ("S", "M"):
+    for shape in setting.models:
         reference: dict[str, list[list[int]]] = {}
         for group in GROUPS:
             # The quick run has the peers for float32 alone: loading them takes most of the time.
