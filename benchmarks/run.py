@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -48,6 +49,8 @@ def main() -> None:
         names = tuple(name for name in names if name in ON_CUDA)
         if not names:
             parser.error(f"on cuda there is only the suite {', '.join(ON_CUDA)}, not {arguments.suite}")
+    if arguments.out and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--out writes figures too, for which matplotlib is missing: pip install -e .[bench]")
     earlier = json.loads(arguments.against.read_text()) if arguments.against else None
 
     machine = Machine()

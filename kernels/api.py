@@ -134,9 +134,9 @@ def linear(
 
     Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
     fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
-    over K, so that it does not depend on the width of the machine's vectors either. Beside panels of bf16, x is rounded to bf16 (to
-    nearest even), and of two neighbours along K the second is added first: the arithmetic of x86's vdpbf16ps, which is used where the
-    machine has it (and takes subnormal numbers for zeros).
+    over K, so that it does not depend on the width of the machine's vectors either (only the portable build, which has no such
+    instruction, rounds twice). Beside panels of bf16, x is rounded to bf16 (to nearest even), and of two neighbours along K the second is
+    added first: the arithmetic of x86's vdpbf16ps, which is used where the machine has it (and takes subnormal numbers for zeros).
 
     With int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as LLM.int8 and
     its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in float32. The

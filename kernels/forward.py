@@ -74,6 +74,8 @@ class Forward:
         addresses, dtypes, model = self._model
         now, dtypes_now = tuple(map(_address, self._watched)), tuple(map(_dtype, self._watched))
         if addresses != now or dtypes != dtypes_now:
+            if 0 in now:
+                raise ValueError("a weight of the live model has no storage any more")
             model = _describe(self._config, self._weights, self._cos, self._sin)
             self._model = (now, dtypes_now, model)
         return model

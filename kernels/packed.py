@@ -63,7 +63,8 @@ def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
 
     int8: per output, symmetric, ``scale = max|w| / 127``, rounded to nearest even. int4: per output and group of 32 along K, with
     ``scale = float16(-extreme / 8)`` for the value largest in size, which so becomes -8; rounded to nearest even, within -8 to 7. Weights
-    that are not finite raise ``ValueError`` in both.
+    that are not finite raise ``ValueError`` in both, in int4 also those above 524,032; groups below 1e-5 lose precision there, as the scale
+    does.
     """
     if weight.dtype not in FLOAT_FORMATS or weight.dim() != 2:
         raise TypeError(f"weight must be [N, K] of float32, bfloat16 or float16, got {weight.dtype} {tuple(weight.shape)}")
@@ -102,6 +103,8 @@ def _int4_data(padded: Tensor) -> Tensor:
     grouped = padded.view(rows, groups, INT4_GROUP)
     extreme = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))  # with its sign: it takes the longer side of -8..7
     scale = (extreme / -8).half()
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"weight holds {float(extreme.abs().max()):g}, and int4 takes at most {8 * 65504}: its scales are float16")
     divisor = torch.where(scale == 0, 1, scale).float()
     q = torch.where(scale == 0, 0, (grouped / divisor).round_().clamp_(-8, 7)) + 8
     # [panel, half, i, group, nibble, j, b] -> [panel, group, half, j, i, b, nibble]

@@ -226,8 +226,8 @@ class Assembler:
         elif not tensor.is_contiguous():
             logger.warning("%s: %s is not contiguous and is copied; later changes to the original are not seen", self._where, name)
             tensor = tensor.detach().contiguous()
-        if self._weights != "shared":  # what is not packed is read where it lies now, whatever storage its owner may give it later
-            tensor = tensor.detach()
+        if self._weights != "shared":  # norms and biases belong to the copy; an embedding of its own stays in its owner's storage
+            tensor = tensor.detach().clone() if tensor.dim() == 1 else tensor.detach()
         if self._progress is not None:
             self._progress.update()
         return tensor

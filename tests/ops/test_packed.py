@@ -111,6 +111,7 @@ def test_bytes() -> None:
         (torch.ones(3, 4), "bfloat16", ValueError, "format is 'bfloat16'"),
         (torch.full((3, 4), math.inf), "int8", ValueError, "not finite, which int8 cannot"),
         (torch.full((3, 4), math.nan), "int4", ValueError, "not finite, which int4 cannot"),
+        (torch.full((3, 4), 6e5), "int4", ValueError, "weight holds 600000, and int4 takes at most 524032"),
     ],
 )
 def test_what_cannot_be_packed(weight: Tensor, format: str | None, error: type[Exception], named: str) -> None:
