@@ -30,7 +30,7 @@ class Engine:
             model.to(torch_dtype)
         self.decoder = Decoder(
             model, dtype=torch_dtype, weights="shared" if shared else kept, cache_tokens=cache_tokens, max_batch_size=max_batch,
-            max_batch_tokens=512,
+            max_batch_tokens=8192,  # all prompts in one step, so that all sequences begin to decode together
         )  # fmt: skip
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:
