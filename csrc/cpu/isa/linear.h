@@ -12,6 +12,23 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kSmallWork = 1 << 15;  // products; below this (a few microseconds) waking helpers does not pay
 
+// A panel of the matrices of a call: its first output in the segment, and in out.
+struct Panel {
+    const LinearSegment* segment;
+    int64_t row, column;
+};
+
+// The panel that is number `index` of all segments' end to end.
+inline Panel locate_panel(const LinearArgs& args, int64_t index) {
+    int64_t column = 0;
+    const LinearSegment* segment = args.segments;
+    for (int64_t n; index >= (n = ceil_div(segment->n, kPanel)); ++segment) {
+        index -= n;
+        column += segment->n;
+    }
+    return {segment, index * kPanel, column + index * kPanel};
+}
+
 // The biases of outputs row .. row + count - 1 of a segment; zeros where it has none (which change no sum but -0, the same for all rows).
 inline void load_bias(const LinearSegment& segment, int64_t row, int64_t count, float* bias) {
     for (int64_t i = 0; i < count; ++i) {

@@ -32,21 +32,6 @@ struct Plan {
     int32_t* x;               // quantised: [tile][groups][Format::kXWords][rows of the tile]
 };
 
-struct Panel {
-    const LinearSegment* segment;
-    int64_t row, column;  // of the weights, and of out
-};
-
-Panel locate(const Plan& plan, int64_t index) {
-    int64_t column = 0;
-    const LinearSegment* segment = plan.args->segments;
-    for (int64_t n; index >= (n = ceil_div(segment->n, kPanel)); ++segment) {
-        index -= n;
-        column += segment->n;
-    }
-    return {segment, index * kPanel, column + index * kPanel};
-}
-
 // The first row of tile t of `tiles` that share m rows as evenly as can be.
 int64_t first_row(int64_t m, int64_t tiles, int64_t t) { return m * t / tiles; }
 
@@ -147,10 +132,10 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
         return static_cast<const uint8_t*>(panel.segment->weight) + panel.row / kPanel * panel_bytes;
     };
     float sums[kMaxRows * kPanel];
-    Panel panel = locate(plan, begin % plan.panels);
+    Panel panel = locate_panel(args, begin % plan.panels);
     for (int64_t item = begin; item < end; ++item) {
         const int64_t i0 = item / plan.panels * plan.item_rows, m = smaller(plan.item_rows, plan.m - i0);
-        const Panel following = item + 1 < end ? locate(plan, (item + 1) % plan.panels) : panel;
+        const Panel following = item + 1 < end ? locate_panel(args, (item + 1) % plan.panels) : panel;
         memset(sums, 0, static_cast<size_t>(m * kPanel) * sizeof(float));
         for (int64_t k0 = 0; k0 < args.k; k0 += kChunk) {
             const uint8_t* w = weights(panel) + k0 / kGroup * F::kGroupBytes;

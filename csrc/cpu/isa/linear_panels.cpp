@@ -1,8 +1,8 @@
 // out = concat_i(x @ weights[i].T + biases[i]) + residual, over float weights packed in panels of 32 outputs (kernels/packed.py).
 //
 // Bounds, for M rows of x: bytes = N * K * sizeof(weight), flops = 2 * M * N * K; time >= max(bytes / bandwidth, flops / FMA peak). Below
-// the row where the two meet (13 for fp32, 6.5 for bf16 on Zen 3 with AVX2; 8 and 4 on Zen 5 with AVX-512) rows beyond the first are nearly
-// free.
+// the row where the two meet (13 for fp32, 6.5 for bf16 on Zen 3 with AVX2; 14 for both on Zen 5 with AVX-512 and BF16) rows beyond the
+// first are nearly free.
 //
 // A panel is one stream: each vector of weights is loaded once and meets all rows of a tile, one broadcast each. With more rows than a tile
 // has, K is cut into chunks that stay in the first-level cache while the tiles pass over them (sums wait in memory; an order of operations
@@ -42,25 +42,6 @@ struct Tiles {
     int64_t begin(int64_t t) const { return t * m / count; }
 };
 
-template <class T>
-struct Panel {
-    const LinearSegment* segment;
-    int64_t row, column;  // its first output in the segment and in out
-    const T* weight;
-};
-
-template <class T>
-Panel<T> locate(const Plan& plan, int64_t index) {
-    int64_t column = 0;
-    const LinearSegment* segment = plan.args->segments;
-    for (int64_t n; index >= (n = ceil_div(segment->n, kPanel)); ++segment) {
-        index -= n;
-        column += segment->n;
-    }
-    return {segment, index * kPanel, column + index * kPanel,
-            static_cast<const T*>(segment->weight) + index * plan.steps * Walk<T>::kDepth * kPanel};
-}
-
 // The sums of one panel and the rows of one group, [m][kPanel].
 template <class T>
 void multiply_panel(const T* weight, const typename Walk<T>::X* x, int64_t steps, int64_t m, float* sums) {
@@ -96,10 +77,11 @@ template <class T>
 void run_items(const Plan& plan, int64_t begin, int64_t end) {
     alignas(64) float sums[kMaxRows * kPanel];
     for (int64_t item = begin; item < end; ++item) {
-        const Panel<T> panel = locate<T>(plan, item / plan.groups);
+        const Panel panel = locate_panel(*plan.args, item / plan.groups);
+        const T* weight = static_cast<const T*>(panel.segment->weight) + panel.row * plan.steps * Walk<T>::kDepth;
         const int64_t i0 = item % plan.groups * plan.group, m = smaller(plan.group, plan.m - i0);
         const auto* x = static_cast<const typename Walk<T>::X*>(plan.x) + i0 * plan.steps * Walk<T>::kWords;
-        multiply_panel(panel.weight, x, plan.steps, m, sums);
+        multiply_panel(weight, x, plan.steps, m, sums);
         float bias[kPanel];
         const int64_t count = smaller(kPanel, panel.segment->n - panel.row);
         load_bias(*panel.segment, panel.row, count, bias);
