@@ -29,7 +29,7 @@ from engine.kernels import limits
 from engine.kv_cache import block_bytes
 
 PROMPT = 128
-NEW, ROUNDS = {"S": 64, "M": 24}, 3
+NEW, ROUNDS = {"S": 64, "M": 24}, {"S": 3, "M": 2}
 CACHE_BYTES = 64 << 20  # more than any cache of the machines this runs on holds
 BUNDLED = Path(engine.__file__).parent / "bundled" / "target"
 # A column group of the table -> the weight formats that compete in it, and the bytes of a weight (int4: with a 16-bit scale for every 32).
@@ -101,7 +101,7 @@ def measure_group(
     """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each. ``reference``: each case's
     tokens in float32, which the first group leaves there."""
     cases = CASES[group][:2] if quick else CASES[group]
-    new, rounds = (32, 2) if quick else (NEW[shape], ROUNDS)
+    new, rounds = (32, 2) if quick else (NEW[shape], ROUNDS[shape])
     contenders: list[Contender] = []
     tokens_of_cache = max(c.batch * c.beams * (PROMPT + new + 16) + c.prefill for c in cases) + 64
     for i, dtype in enumerate(GROUPS[group]):
@@ -285,7 +285,7 @@ def bundled(setting: Setting) -> list[dict[str, Any]]:
             for contender in contenders.values():
                 contender.decode(prompts, 3)
             times = interleaved({n: lambda who=who: who.decode(prompts, new).seconds for n, who in contenders.items()}, rounds)  # noqa: B023
-            cached = batch * (PROMPT + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.cache.dtype)
+            cached = batch * (PROMPT + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.loop.cache.dtype)
             needed = ours.decoder.model.bytes_per_step + cached
             bandwidth = limits.read_bandwidth(int(needed)) if needed < CACHE_BYTES else setting.machine.read_bandwidth
             rate = {name: rates(seconds, batch * (new - 1)) for name, seconds in times.items()}

@@ -79,7 +79,7 @@ def point(setting: Setting, dtype: str, axis: str, value: int) -> dict[str, Any]
         times = interleaved({"ours": lambda: ours.decode(prompts, new).seconds / (new - 1), "read": machine.reader()}, rounds)
         machine = machine.during(times["read"])
     c = ours.decoder.config
-    cached = batch * (context + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.cache.dtype)
+    cached = batch * (context + new / 2) * block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, 1, ours.decoder.loop.cache.dtype)
     weights = ours.decoder.model.bytes_per_step
     # A machine may multiply 16-bit numbers faster than float32, and how fast is not measured.
     operations = 2 * batch * weights / 4 if dtype == "fp32" else 0

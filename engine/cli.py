@@ -270,7 +270,7 @@ def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> lis
     new_tokens = context = 0
     for event in decoder.stream(prompts, **options):
         if begun is None:
-            begun = time.perf_counter(), decoder.num_steps
+            begun = time.perf_counter(), decoder.loop.num_steps
             if alone:
                 print(prompts[0], end="", flush=True)
         else:
@@ -289,9 +289,9 @@ def _write(decoder: Decoder, prompts: list[str], options: dict[str, Any]) -> lis
         if event.output.error:
             print(f"\nerror: {event.output.error}", file=sys.stderr)
     print(flush=True)
-    if begun is not None and decoder.num_steps > begun[1]:
-        _report(decoder, time.perf_counter() - begun[0], decoder.num_steps - begun[1], new_tokens, context)
-        if decoder.speculator is not None:
+    if begun is not None and decoder.loop.num_steps > begun[1]:
+        _report(decoder, time.perf_counter() - begun[0], decoder.loop.num_steps - begun[1], new_tokens, context)
+        if decoder.loop.speculator is not None:
             print(_forwards(outputs), file=sys.stderr)
     if alone and options.get("temperature"):
         print(f"seed {outputs[0].seed}", file=sys.stderr)
@@ -302,7 +302,7 @@ def _report(decoder: Decoder, seconds: float, steps: int, new_tokens: int, conte
     """Speed after the first token, beside the speed at which this machine can read the bytes a step must read."""
     weights = decoder.model.bytes_per_step
     config = decoder.config
-    keys_and_values = context * block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, 1, decoder.cache.dtype)
+    keys_and_values = context * block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, 1, decoder.loop.cache.dtype)
     step_bytes = weights + keys_and_values
     share = step_bytes * steps / seconds / limits.read_bandwidth(step_bytes, repeats=3)
     print(

@@ -1,9 +1,7 @@
-"""The face of the engine: ``Decoder(model).generate(...)``, and the loop plan -> run -> decide -> commit behind it."""
+"""The face of the engine: ``Decoder(model).generate(...)``."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,18 @@ from tqdm import tqdm
 from . import kernels as kernels_module
 from .admission import DEFAULT_NEW_TOKENS, build_requests
 from .blocks import BlockPool
-from .decode import beam_request, speculate
-from .decode.beam_rows import choose
-from .decode.grammar import GrammarError, Grammars
-from .decode.sample import Sampler
+from .decode.grammar import Grammars
 from .drafters.speculator import Speculator, make_drafters
 from .explain import Explanation, explain
 from .kv_cache import KVCache, block_bytes, size_cache
+from .loop import StepLoop
 from .models.load import load
-from .outputs import FinishReason, RequestOutput, StreamEvent
+from .outputs import RequestOutput, StreamEvent
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
-from .request import Drawn, Request
+from .request import Submission
 from .runner import Runner
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler
 from .tokenizer import Tokenizer
 
 
@@ -103,24 +99,19 @@ class Decoder:
             kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
         bytes_per_block = block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, block_size, kv_dtype)
         num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
-        self.pool = BlockPool(num_blocks, block_size)
-        self.cache = KVCache(
+        cache = KVCache(
             config.num_layers, config.num_kv_heads, config.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
         )
-        self.scheduler = Scheduler(
-            self.pool,
+        scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
         )
-        self.runner = Runner(self.model, self.cache, block_size)
-        self.sampler = Sampler(self.ops)
-        self.speculator: Speculator | None = None
+        speculator = None
         if draft is not None:
-            self.speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
-            self.scheduler.on_preemption = self.speculator.release
-        self.num_steps = 0  # steps run so far
-        self._stepping = False
+            speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
+        self.loop = StepLoop(self.ops, scheduler, cache, Runner(self.model, cache, block_size), speculator)
 
     @classmethod
     def bundled(cls, **options: Any) -> Decoder:
@@ -151,14 +142,12 @@ class Decoder:
                 logits, no token left to draw, a processor that raises) does not raise: its output has ``finish_reason`` "error".
             ImportError: a grammar is asked for and llguidance is not installed.
         """
-        requests = self._requests("generate()", prompts, attention_mask, params, options)
-        total = sum(request.num_outputs for request in requests)
-        for request in requests:
-            request.streams = False
+        submission = self.prepare("generate()", prompts, params, attention_mask, options, streams=False)
+        total = submission.num_outputs
         with tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False) as finished:
-            for _ in self._run(requests):
+            for _ in self._run(submission):
                 finished.update()
-        return [output for request in requests for output in request.outputs]
+        return submission.outputs
 
     def stream(
         self,
@@ -172,7 +161,34 @@ class Decoder:
 
         Leaving the iterator early aborts what is unfinished.
         """
-        return self._run(self._requests("stream()", prompts, attention_mask, params, options))
+        return self._run(self.prepare("stream()", prompts, params, attention_mask, options))
+
+    def submit(
+        self,
+        prompts: Prompts,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Submission:
+        """Queue what ``stream`` would run, for a loop of the caller's own: call ``step`` while ``has_work``, and take the submission's
+        ``events`` as they come. ``abort`` ends it early."""
+        submission = self.prepare("submit()", prompts, params, attention_mask, options)
+        self.loop.enqueue(submission.requests)
+        return submission
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any submission is unfinished."""
+        return self.loop.has_work
+
+    def step(self) -> None:
+        """Run one step of all unfinished submissions together."""
+        self.loop.step()
+
+    def abort(self, submission: Submission) -> None:
+        """End a submission with the tokens it has: its unfinished outputs have ``finish_reason`` "abort"; its blocks are free at once."""
+        self.loop.abort(submission.requests)
 
     def generate_super(
         self,
@@ -230,12 +246,10 @@ class Decoder:
                 options["length_penalty"] = 0.0
             if temperature <= 0:
                 options["temperature"] = 0.001 if as_origin else None
-        requests = self._requests("generate_super()", idx, attention_mask, None, options, beams_as_origin=as_origin)
-        for request in requests:
-            request.streams = False
-        for _ in self._run(requests):
+        submission = self.prepare("generate_super()", idx, None, attention_mask, options, streams=False, beams_as_origin=as_origin)
+        for _ in self._run(submission):
             pass
-        outputs = [output for request in requests for output in request.outputs]
+        outputs = submission.outputs
         for output in outputs:
             if output.error:
                 raise RuntimeError(f"row {output.prompt_index}: {output.error}")
@@ -261,186 +275,33 @@ class Decoder:
         """
         return explain(self, batch_size, context, steps)
 
-    def _requests(
+    def prepare(
         self,
         caller: str,
         prompts: Prompts,
-        attention_mask: Tensor | None,
         params: SamplingParams | Sequence[SamplingParams] | None,
+        attention_mask: Tensor | None,
         options: dict[str, Any],
         *,
+        streams: bool = True,
         beams_as_origin: bool = False,
-    ) -> list[Request]:
+    ) -> Submission:
+        """A call's requests, not queued yet; raises what ``generate`` raises, in the name of ``caller``."""
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
-        return build_requests(
-            caller, token_lists, params, options, self.config, self.tokenizer, self.scheduler, self.grammars,
-            can_draft=self.speculator is not None, beams_as_origin=beams_as_origin,
+        requests = build_requests(
+            caller, token_lists, params, options, self.config, self.tokenizer, self.loop.scheduler, self.grammars,
+            can_draft=self.loop.speculator is not None, beams_as_origin=beams_as_origin,
         )  # fmt: skip
+        return Submission(requests, streams)
 
-    def _run(self, requests: list[Request]) -> Iterator[StreamEvent]:
-        """Queue the requests and step until all have finished, yielding their events; whatever is unfinished on leaving is aborted."""
-        inbox: deque[StreamEvent] = deque()
-        for request in requests:
-            request.events = inbox
+    def _run(self, submission: Submission) -> Iterator[StreamEvent]:
+        """Queue a submission and step until it has finished, yielding its events; whatever is unfinished on leaving is aborted."""
         try:
-            self._enqueue(requests)
-            unfinished = sum(request.num_outputs for request in requests)
-            while unfinished:
-                if not inbox:
-                    self.step()
-                while inbox:
-                    event = inbox.popleft()
-                    unfinished -= event.output is not None
-                    yield event
+            self.loop.enqueue(submission.requests)
+            while not submission.finished or submission.events:
+                if not submission.events:
+                    self.loop.step()
+                while submission.events:
+                    yield submission.events.popleft()
         finally:
-            for request in requests:
-                if not request.finished:
-                    self._finish(request, "abort")
-
-    def _enqueue(self, requests: list[Request]) -> None:
-        """Queue requests; samples of one prompt go together, the first with the others as followers, in groups that fit a batch."""
-        leader: Request | None = None
-        for request in requests:
-            same_prompt = leader is not None and request.prompt_index == leader.prompt_index
-            if leader is not None and same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
-                leader.followers.append(request)
-            else:
-                leader = request
-                self.scheduler.add(leader)
-
-    def step(self) -> None:
-        """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
-        if self._stepping:
-            raise RuntimeError("this decoder is in the middle of a step; a logits_processor must not call its own decoder")
-        self._stepping = True
-        try:
-            self._step()
-        finally:
-            self._stepping = False
-
-    def _step(self) -> None:
-        start = time.perf_counter()
-        if self.speculator is not None:
-            self.speculator.propose(self.scheduler.running)
-        plan = self.scheduler.plan()
-        if not plan.sequences:
-            assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
-            return
-        try:
-            self._execute(plan)
-        except BaseException:
-            # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
-            # tokens they have, and by the token law draw what they would have drawn.
-            self.scheduler.preempt_running()
-            raise
-        if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
-            rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
-            self.speculator.note_step(len(plan.sequences), rows, time.perf_counter() - start)
-
-    def _execute(self, plan: StepPlan) -> None:
-        logits = self.runner.run(plan)
-        self.num_steps += 1
-        self.scheduler.commit(plan)
-        if logits is None:
-            return
-        if plan.drawing:
-            drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
-            for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
-                self._carry_out(verdict)
-        if plan.beams:
-            for choice in choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams):
-                if choice.error is not None:
-                    self._finish(choice.request, "error", error=choice.error)
-                    continue
-                beam_request.go_on(choice, self.pool)
-                if choice.request.finished:
-                    self._remove(choice.request)
-
-    def _carry_out(self, verdict: speculate.Verdict) -> None:
-        """Give a request its next tokens, as far as it goes on, and keep of its draft in the cache what holds."""
-        request = verdict.request
-        request.num_forwards += 1
-        if self.speculator is not None and verdict.draft:
-            self.speculator.learn(verdict)
-        end = request.num_tokens
-        for drawn in verdict.drawn:
-            if drawn.error is not None:
-                self._finish(request, "error", error=drawn.error)
-            else:
-                self._advance(request, drawn)
-            if request.finished:
-                return
-        if verdict.draft:
-            # The root is the token before `end`; node n of the draft was written n slots after it.
-            moved = [(end - 1 + node, end - 1 + depth) for depth, node in enumerate(verdict.path) if node != depth]
-            if moved:
-                table, size = request.block_table, self.pool.block_size
-                sources, targets = ([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
-                self.cache.move_tokens(self.ops, sources, targets)
-            self.scheduler.accept(request, verdict.num_accepted)
-
-    def _advance(self, request: Request, drawn: Drawn) -> None:
-        """Append a drawn token, settle its text, and end the request where it ends."""
-        request.append(drawn)
-        token = drawn.token
-        if token in request.end_token_ids:
-            self._finish(request, "stop", stop_reason=token, drawn=drawn)
-            return
-        text, matched, complete = "", None, False
-        if request.text_state is not None:
-            try:
-                text, matched = request.text_state.feed(token)
-            except Exception as error:  # a tokenizer may raise anything; it is this request's alone
-                self._finish(request, "error", error=f"the tokenizer cannot decode token {token}: {error}", drawn=drawn)
-                return
-        if request.matcher is not None:
-            try:
-                request.matcher.advance(request.tokens, len(request.prompt))
-            except GrammarError as error:
-                self._finish(request, "error", error=f"the grammar cannot go on after token {token}: {error}", drawn=drawn, text=text)
-                return
-            complete = request.matcher.complete and request.num_new_tokens >= request.params.min_new_tokens
-        if matched is not None or complete:
-            self._finish(request, "stop", stop_reason=matched, drawn=drawn, text=text)
-        elif request.num_new_tokens == request.max_new_tokens:
-            self._finish(request, "length", drawn=drawn, text=text)
-        elif request.streams:
-            request.events.append(self._event(request, drawn, text))
-
-    def _event(self, request: Request, drawn: Drawn | None, text: str, output: RequestOutput | None = None) -> StreamEvent:
-        """Progress by one drawn token, or by none."""
-        tokens = [] if drawn is None else [drawn.token]
-        logprobs = [] if drawn is None else [drawn.logprob]
-        top = None if request.params.logprobs == 0 else [] if drawn is None else [drawn.top or {}]
-        return StreamEvent(request.prompt_index, request.index, tokens, text, output, logprobs, top)
-
-    def _finish(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        stop_reason: int | str | None = None,
-        error: str | None = None,
-        drawn: Drawn | None = None,
-        text: str = "",
-    ) -> None:
-        if request.searches:
-            beam_request.fail(request, reason, error=error)
-            self._remove(request)
-            return
-        whole = None
-        if request.text_state is not None:
-            if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
-                rest, matched = request.text_state.flush()
-                text += rest
-                if matched is not None and stop_reason is None and reason != "abort":
-                    reason, stop_reason = "stop", matched
-            whole = request.text_state.text
-        output = request.finish(reason, text=whole, stop_reason=stop_reason, error=error)
-        request.events.append(self._event(request, drawn, text, output))
-        self._remove(request)
-
-    def _remove(self, request: Request) -> None:
-        self.scheduler.remove(request)
-        if self.speculator is not None:
-            self.speculator.release(request)
+            self.loop.abort(submission.requests)

@@ -204,9 +204,10 @@ def _profiled(ops: Ops, weights: Any, clock: Clock) -> Ops:
 @contextmanager
 def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
+    loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
     model = Transformer(decoder.model.config, decoder.model.weights, ops)
-    execute = clock.timed("commit", decoder._execute)
+    execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:
         decodes = all(scheduled.num_tokens == 1 and scheduled.rows for scheduled in plan.sequences)
@@ -214,14 +215,14 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
         execute(plan)
 
     replaced: list[tuple[Any, str, Any]] = [
-        (decoder.runner, "model", model),
-        (decoder.sampler, "ops", ops),
-        (decoder.runner, "run", clock.timed("layers", decoder.runner.run)),
-        (decoder.runner, "_prepare", clock.timed("batch", decoder.runner._prepare)),
-        (decoder.scheduler, "plan", clock.timed("plan", decoder.scheduler.plan)),
-        (decoder.sampler, "draw", clock.timed("rows", decoder.sampler.draw)),
-        (decoder, "_execute", look_and_execute),
-        (decoder, "step", clock.step(decoder.step)),
+        (loop.runner, "model", model),
+        (loop.sampler, "ops", ops),
+        (loop.runner, "run", clock.timed("layers", loop.runner.run)),
+        (loop.runner, "_prepare", clock.timed("batch", loop.runner._prepare)),
+        (loop.scheduler, "plan", clock.timed("plan", loop.scheduler.plan)),
+        (loop.sampler, "draw", clock.timed("rows", loop.sampler.draw)),
+        (loop, "_execute", look_and_execute),
+        (loop, "step", clock.step(loop.step)),
     ]
     before = [(owner, name, vars(owner).get(name)) for owner, name, _ in replaced]
     try:
@@ -239,7 +240,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
 def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Explanation:
     """See ``Decoder.explain``."""
     for name, value, most in (
-        ("batch_size", batch_size, decoder.scheduler.max_batch_size),
+        ("batch_size", batch_size, decoder.loop.scheduler.max_batch_size),
         ("context", context, decoder.config.max_position - 2),
         ("steps", steps, decoder.config.max_position - 1 - context if isinstance(context, int) else 1),
     ):
@@ -247,7 +248,7 @@ def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Expl
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
-    if decoder.scheduler.has_work:
+    if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
     prompts = [[(31 * row + 7 * place) % decoder.config.vocab_size for place in range(context)] for row in range(batch_size)]
     clock = Clock()

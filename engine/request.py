@@ -301,3 +301,32 @@ class Request(TokenSequence):
         )
         self.outputs.append(output)
         return output
+
+
+class Submission:
+    """The requests of one call and what becomes of them.
+
+    Args:
+        requests: in order; they share ``events``.
+        streams: whether each of their tokens is an event, or their ends alone.
+    """
+
+    def __init__(self, requests: list[Request], streams: bool = True) -> None:
+        self.requests = requests
+        self.events: deque[StreamEvent] = deque()  # since they were last taken from here
+        for request in requests:
+            request.events, request.streams = self.events, streams
+
+    @property
+    def num_outputs(self) -> int:
+        """How many it will have."""
+        return sum(request.num_outputs for request in self.requests)
+
+    @property
+    def finished(self) -> bool:
+        return all(request.finished for request in self.requests)
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """Of the requests that have finished, in order."""
+        return [output for request in self.requests for output in request.outputs]

@@ -31,6 +31,6 @@ def no_block_leaks(request: pytest.FixtureRequest):
     for name in ("decoder", "bundled"):
         if name in request.fixturenames:
             used = request.getfixturevalue(name)
-            assert not used.scheduler.has_work
-            used.pool.check([])
-            assert used.pool.num_free == used.pool.num_blocks
+            assert not used.loop.scheduler.has_work
+            used.loop.pool.check([])
+            assert used.loop.pool.num_free == used.loop.pool.num_blocks

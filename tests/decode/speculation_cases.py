@@ -230,10 +230,10 @@ def check_metrics(output: RequestOutput) -> None:
 
 def check_idle(decoder: Decoder) -> None:
     """Nothing is left of any request: no block, and no state in the drafters."""
-    assert not decoder.scheduler.has_work
-    decoder.pool.check([])
-    assert decoder.pool.num_free == decoder.pool.num_blocks
-    speculator = decoder.speculator
+    assert not decoder.loop.scheduler.has_work
+    decoder.loop.pool.check([])
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
+    speculator = decoder.loop.speculator
     assert speculator is not None and not speculator._records and not speculator._asked
     for drafter in speculator.drafters:
         if isinstance(drafter, DraftModel):
@@ -255,7 +255,7 @@ def run_streams(target: Target, decoder: Decoder, indices: Iterable[int], error:
             except error:
                 failed += 1
                 del streams[i]
-                decoder.scheduler.check()
+                decoder.loop.scheduler.check()
                 continue
             if event.output is not None:
                 assert [outcome(event.output)] == target.plain([i])
@@ -267,19 +267,19 @@ def run_streams(target: Target, decoder: Decoder, indices: Iterable[int], error:
 
 def watch(decoder: Decoder, preempt_every: int = 0) -> Decoder:
     """Have the invariants of queues and pools checked after each step, and now and then everybody preempted before one."""
-    step = decoder.step
+    step = decoder.loop.step
 
     def watched() -> None:
-        if preempt_every and decoder.num_steps % preempt_every == preempt_every - 1:
-            decoder.scheduler.preempt_running()
+        if preempt_every and decoder.loop.num_steps % preempt_every == preempt_every - 1:
+            decoder.loop.scheduler.preempt_running()
         step()
-        decoder.scheduler.check()
-        assert decoder.speculator is not None
-        for drafter in decoder.speculator.drafters:
+        decoder.loop.scheduler.check()
+        assert decoder.loop.speculator is not None
+        for drafter in decoder.loop.speculator.drafters:
             if isinstance(drafter, DraftModel):
                 drafter.pool.check(copy.block_table for copy in drafter._copies.values())
 
-    decoder.step = watched  # type: ignore[method-assign]
+    decoder.loop.step = watched  # type: ignore[method-assign]
     return decoder
 
 

@@ -118,15 +118,15 @@ def decoder() -> Decoder:
 
 @pytest.mark.parametrize(("prompts", "options", "error", "words"), CALLS, ids=[words[:40] for *_, words in CALLS])
 def test_one_sentence_before_any_work(decoder: Decoder, prompts, options, error, words):
-    steps = decoder.num_steps
+    steps = decoder.loop.num_steps
     with pytest.raises(error) as caught:
         decoder.generate(prompts, **options)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     if "params" not in options:
         with pytest.raises(error):
             decoder.stream(prompts, **options)  # at the call, not at the first event
-    assert decoder.num_steps == steps and not decoder.scheduler.has_work
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    assert decoder.loop.num_steps == steps and not decoder.loop.scheduler.has_work
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_the_decoder_stays_usable(decoder: Decoder):
@@ -215,7 +215,7 @@ def test_options_of_speculation(llama, decoder: Decoder, options, error, words):
         with pytest.raises(error) as caught:
             one.generate([5], **options)
         assert words in str(caught.value) and "\n" not in str(caught.value)
-        assert not one.scheduler.has_work
+        assert not one.loop.scheduler.has_work
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_speculation_without_a_drafter(decoder: Decoder, options, words):
     with pytest.raises(ValueError) as caught:
         decoder.generate([[5], [6]], params=[SamplingParams(), SamplingParams(**options)])
     assert str(caught.value) == f"{words}, but this decoder has no drafter; use Decoder(model, draft=...)"
-    assert not decoder.scheduler.has_work
+    assert not decoder.loop.scheduler.has_work
     for off in ({"speculative": False}, {"num_assistant_tokens": 0}, {"speculative": None, "verification": None}):
         assert len(decoder.generate([5], max_new_tokens=2, **off)[0].token_ids) == 2
 

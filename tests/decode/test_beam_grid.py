@@ -51,8 +51,8 @@ def run_grid(pair, points, num_prompts: int, new_tokens: int) -> None:
     print(f"\n{searches} searches, {len(found)} differ, {len(near)} of them by less than 1e-5", *found, sep="\n")
     assert found == near
     assert ended, "no beam ever ended: choose other end tokens"
-    decoder.pool.check([])
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    decoder.loop.pool.check([])
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_a_short_grid(pair):

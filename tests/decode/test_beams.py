@@ -176,8 +176,8 @@ def test_the_same_alone_and_together(llama, options):
     assert together == alone
     preempted = sum(o.metrics.num_preemptions for o in outputs)
     assert (preempted > 0) == ("cache_tokens" in options)
-    decoder.pool.check([])
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    decoder.loop.pool.check([])
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_a_step_run_again_repeats_nothing(llama, monkeypatch):
@@ -185,7 +185,7 @@ def test_a_step_run_again_repeats_nothing(llama, monkeypatch):
     prompts = [[5, 6, 7]] * len(MIXED)
     expected = key(Decoder(llama, cache_tokens=4096).generate(prompts, params=MIXED))
     decoder = Decoder(llama, cache_tokens=4096)
-    run, calls = decoder.runner.run, itertools.count()
+    run, calls = decoder.loop.runner.run, itertools.count()
 
     def interrupted(plan):
         logits = run(plan)
@@ -193,16 +193,16 @@ def test_a_step_run_again_repeats_nothing(llama, monkeypatch):
             raise KeyboardInterrupt
         return logits
 
-    monkeypatch.setattr(decoder.runner, "run", interrupted)
-    step = decoder.step
+    monkeypatch.setattr(decoder.loop.runner, "run", interrupted)
+    step = decoder.loop.step
 
     def again():
         try:
             step()
         except KeyboardInterrupt:
-            decoder.scheduler.check()
+            decoder.loop.scheduler.check()
 
-    monkeypatch.setattr(decoder, "step", again)
+    monkeypatch.setattr(decoder.loop, "step", again)
     assert key(decoder.generate(prompts, params=MIXED)) == expected
 
 
@@ -228,7 +228,7 @@ def test_leaving_a_stream_frees_everything(bundled):
         for _ in range(steps):
             next(stream)
         stream.close()
-        assert not bundled.scheduler.has_work and bundled.pool.num_free == bundled.pool.num_blocks
+        assert not bundled.loop.scheduler.has_work and bundled.loop.pool.num_free == bundled.loop.pool.num_blocks
 
 
 def test_beams_share_the_prompts_blocks(llama):
@@ -357,13 +357,13 @@ def test_a_soak_of_mixed_requests(llama, count=2000):
         elif event.output is not None:
             outputs.append(event.output)
         if rng.random() < 0.01:
-            decoder.scheduler.check()
-            decoder.scheduler.preempt_running()  # besides those that the small cache asks for
+            decoder.loop.scheduler.check()
+            decoder.loop.scheduler.preempt_running()  # besides those that the small cache asks for
     print(f"\n{submitted} requests, {finished} finished, {aborted} aborted, {preempted} preempted on their way")
     assert finished > count / 2 and aborted > count / 100 and preempted > count / 100
-    assert not decoder.scheduler.has_work
-    decoder.pool.check([])
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    assert not decoder.loop.scheduler.has_work
+    decoder.loop.pool.check([])
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 LOWEST = torch.finfo(torch.float32).min

@@ -89,7 +89,7 @@ def test_the_test_fails_on(monkeypatch, model, law, mutant):
 def test_conditioned_maxima(model):
     """The largest becomes the parent's; the order stays; nothing breaks on far or equal values."""
     decoder = Decoder(model, cache_tokens=256)
-    request = decoder._requests("test", PROMPT, None, None, {"num_beams": 2, "do_sample": True, "max_new_tokens": 5})[0]
+    request = decoder.prepare("test", PROMPT, None, None, {"num_beams": 2, "do_sample": True, "max_new_tokens": 5}).requests[0]
     parent = request.beams[0]
     parent.score, parent.perturbed = -5.0, -3.5
     for noisy in ([2.0, 1.0, 0.999999, -40.0], [0.0, -1e-30], [50.0, 49.0, -800.0], [1.0, 1.0]):

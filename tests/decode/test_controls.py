@@ -49,7 +49,7 @@ CONTROLS["all of them"] = {name: value for options in CONTROLS.values() for name
 def recorded(decoder: Decoder, monkeypatch, prompt: list[int], **options) -> tuple[Any, Tensor]:
     """A single request's output, and the row of logits that each of its tokens was drawn from."""
     rows: list[Tensor] = []
-    run = decoder.runner.run
+    run = decoder.loop.runner.run
 
     def recording(plan):
         logits = run(plan)
@@ -58,7 +58,7 @@ def recorded(decoder: Decoder, monkeypatch, prompt: list[int], **options) -> tup
         return logits
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoder.runner, "run", recording)
+        patched.setattr(decoder.loop.runner, "run", recording)
         output = decoder.generate(prompt, **options)[0]
     return output, torch.cat(rows)
 

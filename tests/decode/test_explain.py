@@ -96,16 +96,16 @@ def test_the_decoder_is_left_as_it_was(llama):
     decoder = Decoder(llama, cache_tokens=4096)
     options = {"max_new_tokens": 12, "temperature": 0.9, "seed": 4, "ignore_eos": True}
     before = decoder.generate([[5, 6, 7], [8]], **options)
-    state = [dict(vars(owner)) for owner in (decoder, decoder.scheduler, decoder.runner, decoder.sampler)]
+    state = [dict(vars(owner)) for owner in (decoder, decoder.loop, decoder.loop.scheduler, decoder.loop.runner, decoder.loop.sampler)]
     random = torch.get_rng_state()
     decoder.explain(batch_size=2, context=9, steps=3)
-    names = [set(vars(owner)) for owner in (decoder, decoder.scheduler, decoder.runner, decoder.sampler)]
+    names = [set(vars(owner)) for owner in (decoder, decoder.loop, decoder.loop.scheduler, decoder.loop.runner, decoder.loop.sampler)]
     assert names == [set(of) for of in state]
-    assert decoder.model is state[0]["model"] is decoder.runner.model and decoder.sampler.ops is decoder.ops
-    assert "step" not in vars(decoder) and "plan" not in vars(decoder.scheduler)
+    assert decoder.model is state[0]["model"] is decoder.loop.runner.model and decoder.loop.sampler.ops is decoder.ops
+    assert "step" not in vars(decoder.loop) and "plan" not in vars(decoder.loop.scheduler)
     after = decoder.generate([[5, 6, 7], [8]], **options)
     assert [(o.token_ids, o.logprobs) for o in after] == [(o.token_ids, o.logprobs) for o in before]
-    assert decoder.pool.num_free == decoder.pool.num_blocks and torch.equal(torch.get_rng_state(), random)
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks and torch.equal(torch.get_rng_state(), random)
 
 
 def test_prompts_that_take_several_steps_are_not_counted(llama):
@@ -156,4 +156,4 @@ def test_a_model_that_fails_is_said_so_and_put_back():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=r"a step that explain\(\) has run failed: the model's logits for position 5 hold NaN"):
         decoder.explain(context=5, steps=3)
-    assert "step" not in vars(decoder) and decoder.runner.model is decoder.model and not decoder.scheduler.has_work
+    assert "step" not in vars(decoder.loop) and decoder.loop.runner.model is decoder.model and not decoder.loop.scheduler.has_work

@@ -161,7 +161,7 @@ def test_streams_may_be_interleaved_and_left(bundled):
 
 def test_a_stream_never_begun_holds_nothing(bundled):
     stream = bundled.stream("import ", max_new_tokens=4)
-    assert not bundled.scheduler.has_work
+    assert not bundled.loop.scheduler.has_work
     del stream
 
 
@@ -185,7 +185,7 @@ def test_nan_fails_only_the_request_that_meets_it():
     assert good.token_ids == decoder.generate([5, 6], max_new_tokens=10, eos_token_id=100)[0].token_ids
     group = decoder.generate([50], max_new_tokens=4, num_return_sequences=3)
     assert [o.finish_reason for o in group] == ["error"] * 3
-    assert decoder.pool.num_free == decoder.pool.num_blocks and not decoder.scheduler.has_work
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks and not decoder.loop.scheduler.has_work
 
 
 def test_rows_of_minus_infinity_fail_with_their_reason():
@@ -215,8 +215,8 @@ def test_an_exception_in_a_step_leaves_the_decoder_usable(llama):
         decoder.generate([9] * 20, max_new_tokens=10, num_return_sequences=2, temperature=1.0)
     # The one that was running beside it starts over from its tokens and loses nothing.
     assert tokens + [t for e in bystander for t in e.token_ids] == expected
-    decoder.scheduler.check()
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    decoder.loop.scheduler.check()
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 @pytest.mark.parametrize("where", ["sample", "advance"])
@@ -240,16 +240,16 @@ def test_an_exception_after_the_commit_harms_no_other_request(llama, monkeypatch
         return wrapped
 
     if where == "sample":
-        monkeypatch.setattr(decoder.sampler, "draw", failing(decoder.sampler.draw))
+        monkeypatch.setattr(decoder.loop.sampler, "draw", failing(decoder.loop.sampler.draw))
     else:  # between the first and the second row of a step
-        monkeypatch.setattr(decoder, "_advance", failing(decoder._advance))
+        monkeypatch.setattr(decoder.loop, "_advance", failing(decoder.loop._advance))
     with pytest.raises(KeyboardInterrupt):
         for _ in range(5):
             decoder.step()
     for stream, tokens, whole in zip(streams, got, expected, strict=True):
         assert tokens + [t for e in stream for t in e.token_ids] == whole
-    decoder.scheduler.check()
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    decoder.loop.scheduler.check()
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_a_tokenizer_that_raises_ends_only_its_request(bundled, monkeypatch):
@@ -281,7 +281,7 @@ def test_weights_changed_in_place_are_seen():
 def test_bfloat16_weights_and_cache():
     model = small_llama(seed=6).to(torch.bfloat16)
     decoder = Decoder(model, cache_tokens=512)
-    assert decoder.cache.dtype == torch.bfloat16
+    assert decoder.loop.cache.dtype == torch.bfloat16
     exact = Decoder(model, cache_tokens=512, kv_dtype=torch.float32)
     prompt = list(range(3, 40))
     logprobs = [d.generate(prompt, max_new_tokens=1)[0].logprobs[0] for d in (decoder, exact)]

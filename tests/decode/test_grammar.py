@@ -168,8 +168,8 @@ def test_in_a_batch_in_chunks_and_across_preemptions(alone, options: dict):
     assert [drawn(o) for o in outputs] == alone
     if "cache_tokens" in options:
         assert sum(o.metrics.num_preemptions for o in outputs if o.prompt_index % 4) > 3
-    decoder.scheduler.check()
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    decoder.loop.scheduler.check()
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 @pytest.mark.parametrize("where", ["sample", "advance"])
@@ -192,9 +192,9 @@ def test_a_step_that_failed_and_is_run_again_advances_no_grammar_twice(monkeypat
         return wrapped
 
     if where == "sample":
-        monkeypatch.setattr(decoder.sampler, "draw", failing(decoder.sampler.draw))
+        monkeypatch.setattr(decoder.loop.sampler, "draw", failing(decoder.loop.sampler.draw))
     else:
-        monkeypatch.setattr(decoder, "_advance", failing(decoder._advance))
+        monkeypatch.setattr(decoder.loop, "_advance", failing(decoder.loop._advance))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             for _ in range(8):
@@ -202,7 +202,7 @@ def test_a_step_that_failed_and_is_run_again_advances_no_grammar_twice(monkeypat
     for stream, seen, whole in zip(streams, events, expected, strict=True):
         seen += list(stream)
         assert [t for e in seen for t in e.token_ids] == whole.token_ids and seen[-1].output.text == whole.text
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_samples_of_one_prompt_have_each_their_own_place(bundled):

@@ -124,9 +124,9 @@ def test_samples_share_their_prompts_blocks(llama):
     stream = decoder.stream([9] * 64, num_return_sequences=8, max_new_tokens=40, temperature=1.0, ignore_eos=True)
     next(stream)
     # 4 full blocks of prompt once, and for each sample what it writes itself.
-    assert decoder.pool.num_blocks - decoder.pool.num_free <= 4 + 8
+    assert decoder.loop.pool.num_blocks - decoder.loop.pool.num_free <= 4 + 8
     stream.close()
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 def test_more_samples_than_the_batch_holds(llama, decoder):

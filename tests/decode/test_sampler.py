@@ -34,7 +34,7 @@ def ops(request: pytest.FixtureRequest) -> kernels.Ops:
 
 
 def make(decoder: Decoder, options: dict, seed: int) -> Request:
-    (request,) = decoder._requests("test", [5, 6, 7], None, None, {**options, "seed": seed, "max_new_tokens": 50})
+    (request,) = decoder.prepare("test", [5, 6, 7], None, None, {**options, "seed": seed, "max_new_tokens": 50}).requests
     return request
 
 

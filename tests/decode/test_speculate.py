@@ -121,9 +121,9 @@ def test_as_much_as_pays(llama: Target, kind: str):
     """Drafts of all lengths when rows and drafting cost little, and none when every further row costs two steps."""
     for step, row, accepted in ((1.0, 1e-4, 600), (1.0, 0.03, 100), (-0.5, 1.0, 0)):
         decoder = llama.speculative(llama.drafter(kind), max_batch_size=16)
-        assert decoder.speculator is not None
-        decoder.speculator.step_costs = Known(step, row)
-        for drafter in decoder.speculator.drafters:
+        assert decoder.loop.speculator is not None
+        decoder.loop.speculator.step_costs = Known(step, row)
+        for drafter in decoder.loop.speculator.drafters:
             if isinstance(drafter, DraftModel):
                 drafter.costs = Known(0.0, 1e-4)
         outputs = check_cell(llama, watch(decoder), None, range(0, COUNT, 2))
@@ -220,7 +220,7 @@ def test_interleaved_streams_some_left_early(llama: Target, kind: str):
             aborted += 1
             del streams[i]
         elif rng.random() < 0.02:
-            decoder.scheduler.preempt_running()
+            decoder.loop.scheduler.preempt_running()
         elif (event := next(stream, None)) is not None:
             events.append(event)
         else:
@@ -244,7 +244,7 @@ def check_events(events: list[StreamEvent], expected: tuple) -> None:
 def test_a_step_that_fails_is_repeated(llama: Target, kind: str, monkeypatch):
     """Everybody else starts over from the tokens that they have; the drafters too."""
     decoder = watch(llama.speculative(llama.drafter(kind), max_batch_size=16))
-    run, rng = decoder.runner.run, random.Random(0)
+    run, rng = decoder.loop.runner.run, random.Random(0)
 
     def failing(plan):
         logits = run(plan)
@@ -252,7 +252,7 @@ def test_a_step_that_fails_is_repeated(llama: Target, kind: str, monkeypatch):
             raise RuntimeError("the machine has hiccups")
         return logits
 
-    monkeypatch.setattr(decoder.runner, "run", failing)
+    monkeypatch.setattr(decoder.loop.runner, "run", failing)
     ended, failed = run_streams(llama, decoder, range(0, COUNT, 4), RuntimeError)
     assert ended > 5 and failed > 5
 
@@ -261,4 +261,4 @@ def test_the_models_are_those_that_are_meant():
     window, layers = (target(name).decoder.config for name in MODELS[2:])
     assert window.num_heads > window.num_kv_heads and layers.num_heads > layers.num_kv_heads
     assert set(window.windows) == {24} and set(layers.windows) == {17, 0}
-    assert target("llama bfloat16").decoder.cache.dtype.itemsize == 2
+    assert target("llama bfloat16").decoder.loop.cache.dtype.itemsize == 2

@@ -86,7 +86,7 @@ def test_the_law_is_the_models(models: tuple[Any, Any], law: dict[tuple[int, ...
     counts, outputs = _sequences(decoder, 2, verification="block", num_assistant_tokens=3)
     assert sum(output.metrics.num_accepted for output in outputs) > SAMPLES
     assert _p_of_law(counts, law) > P_VALUE
-    assert decoder.pool.num_free == decoder.pool.num_blocks
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks
 
 
 @pytest.mark.parametrize("options", [{"top_k": 4, "min_p": 0.05}, {"frequency_penalty": 1.0, "top_p": 0.9}], ids=str)

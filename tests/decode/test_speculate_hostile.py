@@ -236,7 +236,7 @@ def test_an_answer_that_is_no_draft_is_named(llama: Any, answer: Any):
     decoder = Decoder(llama, draft=Broken(), cache_tokens=1024)
     with pytest.raises(TypeError, match="drafter Broken returned"):
         decoder.generate([1, 2, 3], max_new_tokens=8, ignore_eos=True)
-    assert decoder.pool.num_free == decoder.pool.num_blocks and not decoder.scheduler.has_work
+    assert decoder.loop.pool.num_free == decoder.loop.pool.num_blocks and not decoder.loop.scheduler.has_work
 
 
 def test_sequences_of_other_tokens_are_not_believed(llama: Any):

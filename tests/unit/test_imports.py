@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     ("engine.__main__", "engine.cli"),
     ("engine.decoder",),
+    ("engine.loop",),
     ("engine.admission", "engine.decode", "engine.drafters", "engine.explain", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
     ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer", "engine.verify"),

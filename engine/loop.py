@@ -1,0 +1,201 @@
+"""The loop behind the face: draft -> plan -> run -> commit -> decide, one step at a time."""
+
+from __future__ import annotations
+
+import time
+
+from .blocks import BlockPool
+from .decode import beam_request, speculate
+from .decode.beam_rows import choose
+from .decode.grammar import GrammarError
+from .decode.sample import Sampler
+from .drafters.speculator import Speculator
+from .kernels.registry import Ops
+from .kv_cache import KVCache
+from .outputs import FinishReason, RequestOutput, StreamEvent
+from .request import Drawn, Request
+from .runner import Runner
+from .scheduler import Scheduler, StepPlan
+
+
+class StepLoop:
+    """Takes queued requests to their ends, all that are there together in each step.
+
+    Args:
+        ops: kernels, of the sampler and of drafts.
+        scheduler: plans steps over its block pool.
+        cache: the tensors behind those blocks.
+        runner: runs plans.
+        speculator: drafts, or None.
+    """
+
+    def __init__(self, ops: Ops, scheduler: Scheduler, cache: KVCache, runner: Runner, speculator: Speculator | None) -> None:
+        self.ops = ops
+        self.scheduler = scheduler
+        self.pool: BlockPool = scheduler.pool
+        self.cache = cache
+        self.runner = runner
+        self.sampler = Sampler(ops)
+        self.speculator = speculator
+        if speculator is not None:
+            scheduler.on_preemption = speculator.release
+        self.num_steps = 0  # run so far
+        self._stepping = False
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def enqueue(self, requests: list[Request]) -> None:
+        """Queue requests; samples of one prompt go together, the first with the others as followers, in groups that fit a batch."""
+        leader: Request | None = None
+        for request in requests:
+            same_prompt = leader is not None and request.prompt_index == leader.prompt_index
+            if leader is not None and same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
+                leader.followers.append(request)
+            else:
+                leader = request
+                self.scheduler.add(leader)
+
+    def abort(self, requests: list[Request]) -> None:
+        """End those that have not finished, with what they have."""
+        for request in requests:
+            if not request.finished:
+                self._finish(request, "abort")
+
+    def step(self) -> None:
+        """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
+        if self._stepping:
+            raise RuntimeError("this decoder is in the middle of a step; a logits_processor must not call its own decoder")
+        self._stepping = True
+        try:
+            self._step()
+        finally:
+            self._stepping = False
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        if self.speculator is not None:
+            self.speculator.propose(self.scheduler.running)
+        plan = self.scheduler.plan()
+        if not plan.sequences:
+            assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
+            return
+        try:
+            self._execute(plan)
+        except BaseException:
+            # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
+            # tokens they have, and by the token law draw what they would have drawn.
+            self.scheduler.preempt_running()
+            raise
+        if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
+            rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
+            self.speculator.note_step(len(plan.sequences), rows, time.perf_counter() - start)
+
+    def _execute(self, plan: StepPlan) -> None:
+        logits = self.runner.run(plan)
+        self.num_steps += 1
+        self.scheduler.commit(plan)
+        if logits is None:
+            return
+        if plan.drawing:
+            drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
+            for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
+                self._carry_out(verdict)
+        if plan.beams:
+            for choice in choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams):
+                if choice.error is not None:
+                    self._finish(choice.request, "error", error=choice.error)
+                    continue
+                beam_request.go_on(choice, self.pool)
+                if choice.request.finished:
+                    self._remove(choice.request)
+
+    def _carry_out(self, verdict: speculate.Verdict) -> None:
+        """Give a request its next tokens, as far as it goes on, and keep of its draft in the cache what holds."""
+        request = verdict.request
+        request.num_forwards += 1
+        if self.speculator is not None and verdict.draft:
+            self.speculator.learn(verdict)
+        end = request.num_tokens
+        for drawn in verdict.drawn:
+            if drawn.error is not None:
+                self._finish(request, "error", error=drawn.error)
+            else:
+                self._advance(request, drawn)
+            if request.finished:
+                return
+        if verdict.draft:
+            # The root is the token before `end`; node n of the draft was written n slots after it.
+            moved = [(end - 1 + node, end - 1 + depth) for depth, node in enumerate(verdict.path) if node != depth]
+            if moved:
+                table, size = request.block_table, self.pool.block_size
+                sources, targets = ([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
+                self.cache.move_tokens(self.ops, sources, targets)
+            self.scheduler.accept(request, verdict.num_accepted)
+
+    def _advance(self, request: Request, drawn: Drawn) -> None:
+        """Append a drawn token, settle its text, and end the request where it ends."""
+        request.append(drawn)
+        token = drawn.token
+        if token in request.end_token_ids:
+            self._finish(request, "stop", stop_reason=token, drawn=drawn)
+            return
+        text, matched, complete = "", None, False
+        if request.text_state is not None:
+            try:
+                text, matched = request.text_state.feed(token)
+            except Exception as error:  # a tokenizer may raise anything; it is this request's alone
+                self._finish(request, "error", error=f"the tokenizer cannot decode token {token}: {error}", drawn=drawn)
+                return
+        if request.matcher is not None:
+            try:
+                request.matcher.advance(request.tokens, len(request.prompt))
+            except GrammarError as error:
+                self._finish(request, "error", error=f"the grammar cannot go on after token {token}: {error}", drawn=drawn, text=text)
+                return
+            complete = request.matcher.complete and request.num_new_tokens >= request.params.min_new_tokens
+        if matched is not None or complete:
+            self._finish(request, "stop", stop_reason=matched, drawn=drawn, text=text)
+        elif request.num_new_tokens == request.max_new_tokens:
+            self._finish(request, "length", drawn=drawn, text=text)
+        elif request.streams:
+            request.events.append(self._event(request, drawn, text))
+
+    def _event(self, request: Request, drawn: Drawn | None, text: str, output: RequestOutput | None = None) -> StreamEvent:
+        """Progress by one drawn token, or by none."""
+        tokens = [] if drawn is None else [drawn.token]
+        logprobs = [] if drawn is None else [drawn.logprob]
+        top = None if request.params.logprobs == 0 else [] if drawn is None else [drawn.top or {}]
+        return StreamEvent(request.prompt_index, request.index, tokens, text, output, logprobs, top)
+
+    def _finish(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        drawn: Drawn | None = None,
+        text: str = "",
+    ) -> None:
+        if request.searches:
+            beam_request.fail(request, reason, error=error)
+            self._remove(request)
+            return
+        whole = None
+        if request.text_state is not None:
+            if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
+                rest, matched = request.text_state.flush()
+                text += rest
+                if matched is not None and stop_reason is None and reason != "abort":
+                    reason, stop_reason = "stop", matched
+            whole = request.text_state.text
+        output = request.finish(reason, text=whole, stop_reason=stop_reason, error=error)
+        request.events.append(self._event(request, drawn, text, output))
+        self._remove(request)
+
+    def _remove(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        if self.speculator is not None:
+            self.speculator.release(request)
