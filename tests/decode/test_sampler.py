@@ -90,8 +90,8 @@ def test_results_are_the_callers_own(decoder):
 
 
 def test_generate_makes_no_event_but_the_last(decoder, monkeypatch):
-    made, event = [], decoder._event
-    monkeypatch.setattr(decoder, "_event", lambda *args: made.append(event(*args)) or made[-1])
+    made, event = [], decoder.loop._event
+    monkeypatch.setattr(decoder.loop, "_event", lambda *args: made.append(event(*args)) or made[-1])
     outputs = decoder.generate([[1, 2], [3]], max_new_tokens=6, ignore_eos=True)
     assert [one.output for one in made] == outputs
     made.clear()

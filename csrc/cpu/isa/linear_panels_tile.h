@@ -123,19 +123,24 @@ struct Walk<BF16> {  // entries of x: one of two neighbours along K, then the ot
 };
 #endif
 
-// sums[i * kPanel + ...] (first: from 0, else going on) over `steps` steps; x: [steps][kWords][MR]. Fetches kFetch cache lines a step
-// ahead, from `ahead` on.
+// sums[i * kPanel + ...] (first: from 0, else going on) over `steps` steps; x: [steps][kWords][MR]. Each of the first `fetching` steps
+// fetches kFetch cache lines, one after the other from `ahead` on.
 template <class T, int MR, int NV, int kFetch>
-void tile(const T* w, const typename Walk<T>::X* x, int64_t steps, float* sums, bool first, const char* ahead) {
+void tile(const T* w, const typename Walk<T>::X* x, int64_t steps, float* sums, bool first, const char* ahead, int64_t fetching) {
     VecF acc[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) acc[i][v] = first ? zero() : load(sums + i * kPanel + v * kLanes);
-    for (int64_t s = 0; s < steps; ++s) {
+    for (int64_t s = 0; s < fetching; ++s) {
 #pragma GCC unroll 2
         for (int line = 0; line < kFetch; ++line) __builtin_prefetch(ahead + 64 * line);
         ahead += 64 * kFetch;
+        Walk<T>::multiply(w, x, acc);
+        w += Walk<T>::kDepth * kPanel;
+        x += Walk<T>::kWords * MR;
+    }
+    for (int64_t s = fetching; s < steps; ++s) {
         Walk<T>::multiply(w, x, acc);
         w += Walk<T>::kDepth * kPanel;
         x += Walk<T>::kWords * MR;
@@ -147,7 +152,8 @@ void tile(const T* w, const typename Walk<T>::X* x, int64_t steps, float* sums, 
 }
 
 template <class T>
-using Tile = void (*)(const T* w, const typename Walk<T>::X* x, int64_t steps, float* sums, bool first, const char* ahead);
+using Tile = void (*)(const T* w, const typename Walk<T>::X* x, int64_t steps, float* sums, bool first, const char* ahead,
+                      int64_t fetching);
 
 // The tile of `rows` rows.
 template <class T, int NV, int kFetch, int MR>
