@@ -29,6 +29,7 @@ from .api import (
     verify_block,
     verify_drafts,
 )
+from .huge_pages import HugePages
 from .packed import PackedWeight, pack
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 from .threads import get_num_threads, set_num_threads, threads_pinned
@@ -36,6 +37,7 @@ from .threads import get_num_threads, set_num_threads, threads_pinned
 __all__ = [
     "BACKENDS",
     "BeamResult",
+    "HugePages",
     "OP_NAMES",
     "PackedWeight",
     "STATUS_BAD_PARAMETER",

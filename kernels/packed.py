@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .huge_pages import HugePages
+
 PANEL = 32  # outputs per panel
 FLOAT_FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 INTEGER_FORMATS = ("int8", "int4")
@@ -58,8 +60,8 @@ class PackedWeight:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
-    """Pack ``weight [N, K]`` (fp32, bf16 or fp16) as it is, or as "int8" or "int4".
+def pack(weight: Tensor, format: str | None = None, memory: HugePages | None = None) -> PackedWeight:
+    """Pack ``weight [N, K]`` (fp32, bf16 or fp16) as it is, or as "int8" or "int4"; into ``memory``, default: memory of its own.
 
     int8: per output, symmetric, ``scale = max|w| / 127``, rounded to nearest even. int4: per output and group of 32 along K, with
     ``scale = float16(-extreme / 8)`` for the value largest in size, which so becomes -8; rounded to nearest even, within -8 to 7. Weights
@@ -79,13 +81,14 @@ def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
     if (PANEL * panels, columns) != (n, k):
         padded = weight.new_zeros((PANEL * panels, columns))
         padded[:n, :k] = weight
+    keep = Tensor.contiguous if memory is None else memory.keep
     scale = None
     if format in INTEGER_FORMATS:
         padded = padded.float()
         if not bool(padded.isfinite().all()):
             raise ValueError(f"weight holds values that are not finite, which {format} cannot")
     if format == "int4":
-        return PackedWeight(_int4_data(padded), None, format, (n, k))
+        return PackedWeight(keep(_int4_data(padded)), None, format, (n, k))
     if format == "int8":
         scale = padded.abs().amax(dim=1) / 127
         q = (padded / torch.where(scale > 0, scale, 1)[:, None]).round_().clamp_(-127, 127)
@@ -94,7 +97,7 @@ def pack(weight: Tensor, format: str | None = None) -> PackedWeight:
         data = padded.view(panels, PANEL, columns).transpose(1, 2)
     else:
         data = padded.view(panels, PANEL, columns // depth, depth).transpose(1, 2)
-    return PackedWeight(data.contiguous(), scale, format, (n, k))
+    return PackedWeight(keep(data), scale, format, (n, k))
 
 
 def _int4_data(padded: Tensor) -> Tensor:

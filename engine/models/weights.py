@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import PackedWeight, pack
+from ..kernels import HugePages, PackedWeight, pack
 from .config import ModelConfig
 from .readers import WEIGHT_DTYPES
 
@@ -116,6 +116,7 @@ class Assembler:
     ) -> None:
         self._config, self._names, self._tensors, self._where, self._dtype = config, names, tensors, where, dtype
         self._weights = weights
+        self._memory = HugePages()
         self._progress: tqdm[object] | None = None
 
     def build(self) -> ModelWeights:
@@ -212,7 +213,7 @@ class Assembler:
         if self._weights == "shared":
             return matrix
         try:
-            return pack(matrix, None if self._weights == "packed" else self._weights)
+            return pack(matrix, None if self._weights == "packed" else self._weights, self._memory)
         except ValueError as error:
             raise ValueError(f"{self._where}: {stem}: {error}") from None
 
