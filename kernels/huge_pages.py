@@ -27,14 +27,14 @@ class HugePages:
         """A contiguous copy, its address a multiple of a cache line."""
         num_bytes = tensor.numel() * tensor.element_size()
         if num_bytes > len(self._slab):
-            self._slab = _reserve(max(SLAB, num_bytes))
+            self._slab = reserve(max(SLAB, num_bytes))
         copy = self._slab[:num_bytes].view(tensor.dtype).view(tensor.shape)
         self._slab = self._slab[-(-num_bytes // LINE) * LINE :]
         return copy.copy_(tensor)
 
 
-def _reserve(num_bytes: int) -> Tensor:
-    """At least so many bytes, untouched, from the beginning of a huge page."""
+def reserve(num_bytes: int) -> Tensor:
+    """At least so many bytes, uint8 and untouched, from the beginning of a huge page."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     size = math.ceil(num_bytes / PAGE) * PAGE

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu
+from . import cpu, huge_pages
 
 
 def _best_seconds(run: Callable[[], object], repeats: int) -> float:
@@ -20,15 +20,17 @@ def _best_seconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def read_bandwidth(num_bytes: int = 512 << 20, repeats: int = 5) -> float:
-    """Bytes per second at which all threads together read a buffer of ``num_bytes`` over and over; the best of ``repeats``.
+    """Bytes per second at which all threads together read ``num_bytes`` (in huge pages, as packed weights lie) over and over; the best
+    of ``repeats``.
 
     Give the size of what a step reads: what fits a cache is read at the cache's speed.
     """
-    data = torch.zeros(max(num_bytes // 4, 1 << 14), dtype=torch.float32)
+    count = max(num_bytes // 4, 1 << 14)
+    data = huge_pages.reserve(4 * count)[: 4 * count].view(torch.float32).zero_()
     # Short reads are timed several at once, so that the clock's own cost does not show.
     inner = max(1, (64 << 20) // data.nbytes)
     if cpu.unavailable("cpu") is None:
-        address, count = data.data_ptr(), data.numel()
+        address = data.data_ptr()
 
         def read() -> None:
             for _ in range(inner):
