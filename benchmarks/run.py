@@ -51,7 +51,13 @@ def main() -> None:
             parser.error(f"on cuda there is only the suite {', '.join(ON_CUDA)}, not {arguments.suite}")
     if arguments.out and importlib.util.find_spec("matplotlib") is None:
         parser.error("--out writes figures too, for which matplotlib is missing: pip install -e .[bench]")
-    earlier = json.loads(arguments.against.read_text()) if arguments.against else None
+    earlier = None
+    if arguments.against:
+        try:
+            earlier = json.loads(arguments.against.read_text())
+            earlier["results"], earlier["machine"]["read_bandwidth_gb_s"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"--against {arguments.against} is not the JSON of an earlier run: {error!r}")
 
     machine = Machine()
     print(f"limits: {machine.read_bandwidth / 1e9:.1f} GB/s read, {machine.flop_rate / 1e9:.0f} GFLOP/s float32")

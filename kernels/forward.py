@@ -1,8 +1,8 @@
 """A transformer's forward as one call into ``engine.kernels._cpu`` (``csrc/cpu/forward.cpp``): the kernels behind ``cpu``'s ops, called in
-the order of ``Transformer.forward``, so the same bits; without Python in between, and without memory to allocate.
+the order of ``Transformer.forward_logits``, so the same bits; without Python in between, and without memory to allocate.
 
 Matrices in rows belong to a live model, whose owner may give its parameters other storage between two steps (``.to()``, ``.data = ``). So
-their addresses and dtypes are read again before every step, which takes microseconds, and the model is described anew when one of them has
+their addresses, dtypes and shapes are read again before every step, which takes microseconds, and the model is described anew when one of them has
 changed. Packed matrices are the engine's own and stay.
 """
 
@@ -25,7 +25,7 @@ from .registry import Ops
 OPS = ("embed", "linear", "rms_norm", "rope_append", "paged_attention", "silu_mul")
 
 _address = Tensor.data_ptr
-_dtype = operator.attrgetter("dtype")
+_kind = operator.attrgetter("dtype", "shape")
 
 
 def one_call(ops: Ops, config: Any, weights: Any, cos: Tensor, sin: Tensor) -> Forward | None:
@@ -39,7 +39,7 @@ class Forward:
     """One model's forward. Safe to call from several threads, over caches of their own.
 
     Args:
-        config: its sizes and options: the fields of ``engine.models.ModelConfig`` that ``Transformer.forward`` uses.
+        config: its sizes and options: the fields of ``engine.models.ModelConfig`` that ``Transformer.forward_logits`` uses.
         weights: its tensors, as ``engine.models.ModelWeights``.
         cos, sin: its rotary tables, float32 ``[max_position, rot / 2]``.
 
@@ -49,19 +49,12 @@ class Forward:
     def __init__(self, config: Any, weights: Any, cos: Tensor, sin: Tensor) -> None:
         self._config, self._weights, self._cos, self._sin = config, weights, cos, sin
         self._watched = tuple(_plain_tensors(weights))
-        self._model: tuple[Any, Any, Any] = (None, None, None)  # addresses and dtypes of what is watched, and the model described by them
+        self._model: tuple[Any, Any, Any] = (None, None, None)  # addresses and kinds of what is watched, and the model described by them
         self._cache, self._step = _Last(functools.partial(_describe_cache, config)), _Last(_describe_step)
         if all(isinstance(w, PackedWeight) for layer in weights.layers for w in layer.qkv):
             # The engine's own copy. Norms and biases may still be a live model's: they are read where they lie now, and kept there.
             self._kept, self._watched = [t.detach() for t in self._watched], ()
             self._current_model()
-
-    def hidden_states(self, batch: Any, cache: Any) -> Tensor:
-        """The final hidden states of all tokens of a ``StepBatch``, final norm applied: float32 ``[T, hidden_size]``."""
-        model, described, step = self._current_model(), self._cache.of(cache), self._step.of(batch)
-        out = torch.empty((len(batch.tokens), self._config.hidden_size), dtype=torch.float32)
-        model.hidden_states(described, step, out.data_ptr())
-        return out
 
     def logits(self, batch: Any, cache: Any) -> Tensor:
         """Logits of the step's ``logit_rows``: float32 ``[R, vocab_size]``."""
@@ -71,13 +64,13 @@ class Forward:
         return out
 
     def _current_model(self) -> Any:
-        addresses, dtypes, model = self._model
-        now, dtypes_now = tuple(map(_address, self._watched)), tuple(map(_dtype, self._watched))
-        if addresses != now or dtypes != dtypes_now:
+        addresses, kinds, model = self._model
+        now, kinds_now = tuple(map(_address, self._watched)), tuple(map(_kind, self._watched))
+        if addresses != now or kinds != kinds_now:
             if 0 in now:
                 raise ValueError("a weight of the live model has no storage any more")
             model = _describe(self._config, self._weights, self._cos, self._sin)
-            self._model = (now, dtypes_now, model)
+            self._model = (now, kinds_now, model)
         return model
 
 

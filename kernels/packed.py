@@ -81,6 +81,8 @@ def pack(weight: Tensor, format: str | None = None, memory: HugePages | None = N
     if (PANEL * panels, columns) != (n, k):
         padded = weight.new_zeros((PANEL * panels, columns))
         padded[:n, :k] = weight
+    if not weight.numel():
+        raise ValueError(f"weight is {list(weight.shape)}; it must have at least one output and one input")
     keep = Tensor.contiguous if memory is None else memory.keep
     scale = None
     if format in INTEGER_FORMATS:

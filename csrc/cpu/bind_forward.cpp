@@ -93,11 +93,6 @@ Step step_of(uintptr_t tokens, uintptr_t positions, uintptr_t slots, uintptr_t q
     return step;
 }
 
-void hidden_states_of(const Model& model, const Cache& cache, const Step& step, uintptr_t out) {
-    const Computing computing;
-    hidden_states(model, cache, step, as<float>(out));
-}
-
 void logits_of(const Model& model, const Cache& cache, const Step& step, uintptr_t out) {
     const Computing computing;
     logits(model, cache, step, as<float>(out));
@@ -112,7 +107,6 @@ void bind_forward(py::module_& m) {
         .def(py::init(&model_of), py::kw_only(), py::arg("embedding"), py::arg("layers"), py::arg("final_norm"), py::arg("head"),
              py::arg("cos"), py::arg("sin"), py::arg("max_position"), py::arg("half"), py::arg("num_heads"), py::arg("num_kv_heads"),
              py::arg("head_dim"), py::arg("norm_eps"), py::arg("attention_scale"), py::arg("interleaved"))
-        .def("hidden_states", &hidden_states_of)
         .def("logits", &logits_of);
 }
 

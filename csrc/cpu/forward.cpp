@@ -149,12 +149,6 @@ Activations run_layers(const Model& m, const Cache& cache, const Step& step, boo
 
 }  // namespace
 
-void hidden_states(const Model& m, const Cache& cache, const Step& step, float* out) {
-    check(m, cache, step);
-    const Activations a = run_layers(m, cache, step, true);
-    rms_norm(m, a.x, step.batch.tokens, m.final_norm, out);
-}
-
 void logits(const Model& m, const Cache& cache, const Step& step, float* out) {
     check(m, cache, step);
     const Activations a = run_layers(m, cache, step, are_all(step.logit_rows, step.num_rows, step.batch.tokens));

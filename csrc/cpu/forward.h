@@ -61,12 +61,9 @@ struct Step {
     int64_t num_rows;
 };
 
-// Run the tokens of a step and write their keys and values into the cache. Before anything is computed, ValueError is thrown where a token,
-// position, slot, block or row is out of range or a tree is malformed.
-//
-// hidden_states: of all tokens, final norm applied, float32 [tokens, hidden size]. logits: of logit_rows, float32 [num_rows, vocabulary];
-// what they do not ask for is computed as far as the cache needs it.
-void hidden_states(const Model& model, const Cache& cache, const Step& step, float* out);
+// Run the tokens of a step, write their keys and values into the cache, and run the LM head on logit_rows: float32 [num_rows, vocabulary].
+// What those do not need is computed as far as the cache needs it. Before anything is computed, ValueError is thrown where a token, position,
+// slot, block or row is out of range or a tree is malformed.
 void logits(const Model& model, const Cache& cache, const Step& step, float* out);
 
 }  // namespace engine

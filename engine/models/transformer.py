@@ -62,26 +62,17 @@ class Transformer:
                 tensors += part if isinstance(part, tuple) else [] if part is None else [part]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def forward(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """Run the T tokens of a step and write their keys and values into ``cache``.
-
-        Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns the final hidden states, final
-        norm applied: float32 ``[T, hidden_size]``.
-        """
-        return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.hidden_states(batch, cache)
-
     def forward_logits(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """Run the tokens of a step as ``forward`` does, then the LM head on the rows ``batch.logit_rows``: float32 ``[R, vocab_size]``.
+        """Run the T tokens of a step, write their keys and values into ``cache``, and run the LM head on the rows ``batch.logit_rows``.
 
-        To the bit what ``forward`` and ``logits`` give; where both are one call, rows that nobody asks for end in the last layer.
+        Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns float32 ``[R, vocab_size]``. Where
+        it is one call (``kernels.forward``), rows that nobody asks for end in the last layer; the bits are the same.
         """
-        if self._one_call is not None:
-            return self._one_call.logits(batch, cache)
-        return self.logits(self._op_by_op(batch, cache).index_select(0, batch.logit_rows))
+        return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.logits(batch, cache)
 
     @torch.no_grad()  # the weights may be Parameters that want gradients
     def _op_by_op(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """``forward`` over any backend's ops; what ``kernels.forward`` does in one call."""
+        """``forward_logits`` over any backend's ops; what ``kernels.forward`` does in one call."""
         config, ops = self.config, self.ops
         linear, rms_norm, eps = ops.linear, ops.rms_norm, config.norm_eps
         interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
@@ -101,9 +92,4 @@ class Transformer:
             linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
             gate_up = linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, layer.gate_up_bias)
             linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x, out=x)
-        return rms_norm(x, self.weights.final_norm, eps)
-
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The LM head on rows of ``forward``'s result: float32 ``[R, H]`` -> float32 ``[R, vocab_size]``."""
-        return self.ops.linear(hidden, (self.weights.head,))
+        return linear(rms_norm(x, self.weights.final_norm, eps).index_select(0, batch.logit_rows), (self.weights.head,))

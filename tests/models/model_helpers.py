@@ -51,7 +51,7 @@ def run_logits(model: Transformer, tokens: Sequence[int], chunks: Sequence[int] 
             block_table=torch.tensor([table], dtype=torch.int32),
             logit_rows=torch.arange(chunk),
         )
-        rows.append(model.logits(model.forward(batch, cache)))
+        rows.append(model.forward_logits(batch, cache))
         start = end
     assert start == len(tokens)
     return torch.cat(rows)

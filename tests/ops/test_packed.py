@@ -111,6 +111,7 @@ def test_bytes() -> None:
         (torch.ones(3, 4), "bfloat16", ValueError, "format is 'bfloat16'"),
         (torch.full((3, 4), math.inf), "int8", ValueError, "not finite, which int8 cannot"),
         (torch.full((3, 4), math.nan), "int4", ValueError, "not finite, which int4 cannot"),
+        (torch.zeros(0, 5), None, ValueError, "at least one output"),
         (torch.full((3, 4), 6e5), "int4", ValueError, "weight holds 600000, and int4 takes at most 524032"),
     ],
 )
