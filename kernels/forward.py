@@ -2,8 +2,8 @@
 the order of ``Transformer.forward_logits``, so the same bits; without Python in between, and without memory to allocate.
 
 Matrices in rows belong to a live model, whose owner may give its parameters other storage between two steps (``.to()``, ``.data = ``). So
-their addresses, dtypes and shapes are read again before every step, which takes microseconds, and the model is described anew when one of them has
-changed. Packed matrices are the engine's own and stay.
+their addresses, dtypes and shapes are read again before every step, which takes microseconds, and the model is described anew when one of
+them has changed. Packed matrices are the engine's own and stay.
 """
 
 from __future__ import annotations
