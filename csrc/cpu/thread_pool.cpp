@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -275,15 +276,21 @@ void parallel_for(int64_t n, int64_t grain, RangeFn fn, void* context) {
     pool->run(n, grain, fn, context);
 }
 
+constexpr int64_t kHugePage = 2 << 20;
+
 void* scratch(ScratchSlot slot, int64_t bytes) {
     static thread_local Buffer buffers[kNumScratchSlots];
     Buffer& buffer = buffers[slot];
     if (buffer.bytes < bytes) {
         std::free(buffer.data);
         buffer.bytes = 0;
-        bytes = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-        buffer.data = std::aligned_alloc(64, static_cast<size_t>(bytes));
+        const int64_t page = bytes < kHugePage ? 4096 : kHugePage;
+        bytes = (bytes + bytes / 2 + page - 1) / page * page;
+        buffer.data = std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(bytes));
         if (buffer.data == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+        if (page == kHugePage) madvise(buffer.data, static_cast<size_t>(bytes), MADV_HUGEPAGE);  // a wish
+#endif
         buffer.bytes = bytes;
     }
     return buffer.data;
