@@ -38,7 +38,7 @@ void rms_norm(const Model& m, const float* x, int64_t rows, const NormWeight& no
     active().rms_norm(x, rows, m.embedding.k, norm.weight, norm.dtype, m.norm_eps, out);
 }
 
-void linear(const float* x, int64_t rows, const ProductWeights& weights, const float* residual, float* out) {
+void linear(const float* x, int64_t rows, const ProductWeights& weights, const float* residual, float* out, bool swiglu = false) {
     LinearArgs args = {};
     args.x = x;
     args.x_stride = weights.k;
@@ -49,6 +49,7 @@ void linear(const float* x, int64_t rows, const ProductWeights& weights, const f
     args.format = weights.format;
     args.residual = residual;
     args.out = out;
+    args.swiglu = swiglu;
     engine::linear(args);
 }
 
@@ -140,8 +141,13 @@ Activations run_layers(const Model& m, const Cache& cache, const Step& step, boo
         }
         linear(a.attended, rows, layer.out, a.x, a.x);
         rms_norm(m, a.x, rows, layer.ffn_norm, a.normed);
-        linear(a.normed, rows, layer.gate_up, nullptr, a.wide);
-        active().silu_mul(a.wide, rows, layer.down.k, a.narrow);
+        const auto& gate_up = layer.gate_up.segments;
+        if (fuses_swiglu(gate_up.data(), static_cast<int>(gate_up.size()), layer.gate_up.format)) {
+            linear(a.normed, rows, layer.gate_up, nullptr, a.narrow, true);
+        } else {
+            linear(a.normed, rows, layer.gate_up, nullptr, a.wide);
+            active().silu_mul(a.wide, rows, layer.down.k, a.narrow);
+        }
         linear(a.narrow, rows, layer.down, a.x, a.x);
     }
     return a;

@@ -62,8 +62,8 @@ struct Step {
 };
 
 // Run the tokens of a step, write their keys and values into the cache, and run the LM head on logit_rows: float32 [num_rows, vocabulary].
-// What those do not need is computed as far as the cache needs it. Before anything is computed, ValueError is thrown where a token, position,
-// slot, block or row is out of range or a tree is malformed.
+// What those do not need is computed as far as the cache needs it. Before anything is computed, ValueError is thrown where a token,
+// position, slot, block or row is out of range or a tree is malformed.
 void logits(const Model& model, const Cache& cache, const Step& step, float* out);
 
 }  // namespace engine

@@ -42,7 +42,15 @@ struct LinearArgs {
     WeightFormat format;
     const float* residual;  // [m, sum n] contiguous, or null; may be `out`
     float* out;             // [m, sum n] contiguous
+    // Instead of its outputs, which are a gate and as many more, out gets silu(gate) * those: [m, sum n / 2]. Without residual, and only
+    // where `fuses_swiglu`.
+    bool swiglu;
 };
+// Whether panels of the gate and of what it gates lie apart.
+inline bool fuses_swiglu(const LinearSegment* segments, int num_segments, WeightFormat format) {
+    if (format < kPanelsF32) return false;
+    return num_segments == 2 ? segments[0].n == segments[1].n : num_segments == 1 && segments[0].n % (2 * kPanel) == 0;
+}
 
 // ---- attention (isa/attention.cpp; planned in bind_attention.cpp) ----
 constexpr int kSubBlock = 16;          // tokens that lie side by side in the key cache

@@ -142,7 +142,10 @@ CASES: dict[str, dict[str, Any]] = {
     "heads wider than hidden": {"config": {"head_dim": 24, "rope": RopeConfig(theta=100.0, rotary_dim=24)}, "cache": torch.bfloat16},
     "packed": {"packed": "float32", "config": {"tied_head": True, "mlp_bias": True}},
     "packed bfloat16": {"packed": "bfloat16", "dtype": torch.bfloat16, "fused": True, "cache": torch.bfloat16},
-    "int8": {"packed": "int8", "config": {"qkv_bias": True}, "dtype": torch.bfloat16},
+    "int8": {"packed": "int8", "config": {"qkv_bias": True, "mlp_bias": True}, "dtype": torch.bfloat16},
+    "gate and up in whole panels of one": {"packed": "float32", "config": {"ffn_size": 96, "mlp_bias": True}, "fused": True},
+    "int8, likewise": {"packed": "int8", "config": {"ffn_size": 64}, "fused": True},
+    "int4, likewise": {"packed": "int4", "config": {"ffn_size": 32, "mlp_bias": True}, "fused": True},
     "int4": {"packed": "int4", "config": {"qk_norm": True, "windows": (7, 0, 7)}},
 }  # fmt: skip
 
@@ -177,6 +180,17 @@ def test_bits_of_the_ops(name: str) -> None:
         assert expected.isfinite().all()
         assert torch.equal(model.forward_logits(step, caches[1]), expected)
         assert equal_caches(model.config, caches[0], caches[1])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "packed" in case])
+def test_many_rows(name: str) -> None:
+    """More than the products take at a time, on several threads."""
+    model, plain, dtype = models_of(name)
+    cpu._cpu.set_num_threads(3)
+    caches = [cache_of(model.config, dtype=dtype) for _ in range(2)]
+    step = step_of([(0, 130), (0, 101), (0, 1)])
+    assert torch.equal(model.forward_logits(step, caches[0]), plain.forward_logits(step, caches[1]))
+    assert equal_caches(model.config, *caches)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -141,12 +141,6 @@ void rope_token(const RopeArgs& a, int64_t token) {
         put(x, head_dim, values + lane * head_dim, 1, scale(values));
 }
 
-// silu(g) = g / (1 + exp(-g)), written with exp of -|g| so that nothing overflows.
-ENGINE_INLINE VecF silu(VecF g) {
-    const VecF e = exp_nonpositive(min(sub(zero(), g), g));
-    return div(fma(min(zero(), g), e, max(zero(), g)), add(set1(1.0f), e));
-}
-
 }  // namespace
 
 void rms_norm(const float* x, int64_t rows, int64_t width, const void* weight, DType dtype, float eps, float* out) {

@@ -1,4 +1,4 @@
-// exp of a vector for softmax and SiLU: arguments of at most 0, relative error below 1e-7 (not the token law's, which is
+// exp of a vector for softmax and SiLU, and SiLU: arguments of at most 0, relative error below 1e-7 (not the token law's, which is
 // common/fixed_math.h).
 #pragma once
 
@@ -63,6 +63,12 @@ ENGINE_INLINE float exp_nonpositive(float x) {
     float lanes[kLanes];
     store(lanes, exp_nonpositive(set1(x)));
     return lanes[0];
+}
+
+// silu(g) = g / (1 + exp(-g)), written with exp of -|g| so that nothing overflows.
+ENGINE_INLINE VecF silu(VecF g) {
+    const VecF e = exp_nonpositive(min(sub(zero(), g), g));
+    return div(fma(min(zero(), g), e, max(zero(), g)), add(set1(1.0f), e));
 }
 
 }  // namespace ENGINE_ISA

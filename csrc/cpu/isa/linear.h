@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "exp.h"
 #include "simd.h"
 
 namespace engine {
@@ -18,8 +19,13 @@ struct Panel {
     int64_t row, column;
 };
 
-// The panel that is number `index` of all segments' end to end.
+// The panel that is number `index` of all segments' end to end; with SwiGLU each of the gate is followed by the one that it gates.
 inline Panel locate_panel(const LinearArgs& args, int64_t index) {
+    if (args.swiglu) {
+        const int64_t half = index % 2, first = index / 2 * kPanel;
+        if (args.num_segments == 2) return {args.segments + half, first, first};
+        return {args.segments, half * args.segments->n / 2 + first, first};
+    }
     int64_t column = 0;
     const LinearSegment* segment = args.segments;
     for (int64_t n; index >= (n = ceil_div(segment->n, kPanel)); ++segment) {
@@ -51,6 +57,38 @@ inline void finish_outputs(const LinearArgs& args, int64_t at, const float* sums
         for (int64_t i = 0; i < count; ++i) out[i] = (sums[i] + bias[i]) + residual[i];
     } else {
         for (int64_t i = 0; i < count; ++i) out[i] = sums[i] + bias[i];
+    }
+}
+
+// How many columns out has.
+inline int64_t num_columns(const LinearArgs& args) {
+    int64_t columns = 0;
+    for (int i = 0; i < args.num_segments; ++i) columns += args.segments[i].n;
+    return args.swiglu ? columns / 2 : columns;
+}
+
+// The outputs of a panel in m rows, the first of them row i0 of out, from their sums [m][kPanel]. With SwiGLU: `gate` null for a panel of
+// the gate, whose values then stand in `sums`, else those of that panel.
+inline void finish_panel(const LinearArgs& args, int64_t columns, const Panel& panel, int64_t i0, int64_t m, float* sums,
+                         const float* gate) {
+    const int64_t outputs = smaller(kPanel, panel.segment->n - panel.row);
+    float bias[kPanel] = {};
+    load_bias(*panel.segment, panel.row, outputs, bias);
+    for (int64_t i = 0; i < m; ++i, sums += kPanel) {
+        if (args.format == kPanelsInt8)
+            for (int64_t o = 0; o < outputs; ++o) sums[o] *= panel.segment->scale[panel.row + o];
+        const int64_t at = (i0 + i) * columns + panel.column;
+        if (!args.swiglu) {
+            finish_outputs(args, at, sums, bias, outputs);
+        } else if (gate == nullptr) {
+            for (int64_t o = 0; o < outputs; ++o) sums[o] += bias[o];
+        } else {
+            for (int64_t o = 0; o < outputs; o += kLanes) {
+                const VecF y = mul(silu(load(gate + i * kPanel + o)), add(load(sums + o), load(bias + o)));
+                const int64_t n = outputs - o;
+                n < kLanes ? store(args.out + at + o, y, static_cast<int>(n)) : store(args.out + at + o, y);
+            }
+        }
     }
 }
 

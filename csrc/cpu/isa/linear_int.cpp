@@ -25,7 +25,7 @@ constexpr float kTiny = 1e-30f;              // a group of x whose largest magni
 
 struct Plan {
     const LinearArgs* args;
-    int64_t columns, panels;  // of all segments
+    int64_t columns, panels;  // of out; of all segments
     int64_t groups;           // of x along K
     int64_t m0, m;            // rows of x in this pass
     int64_t item_rows;        // rows of x per item, at most
@@ -110,18 +110,6 @@ void chunk(const Plan& plan, const uint8_t* w, int64_t g, int64_t k, int64_t m, 
     }
 }
 
-// The outputs of a panel in m rows, the first of them row i0 of out.
-void finish(const LinearArgs& args, int64_t columns, const Panel& panel, int64_t i0, int64_t m, float* sums) {
-    const int64_t outputs = smaller(kPanel, panel.segment->n - panel.row);
-    float bias[kPanel];
-    load_bias(*panel.segment, panel.row, outputs, bias);
-    for (int64_t i = 0; i < m; ++i, sums += kPanel) {
-        if (args.format == kPanelsInt8)
-            for (int64_t o = 0; o < outputs; ++o) sums[o] *= panel.segment->scale[panel.row + o];
-        finish_outputs(args, (i0 + i) * columns + panel.column, sums, bias, outputs);
-    }
-}
-
 template <WeightFormat kFormat>
 void run_items(const Plan& plan, int64_t begin, int64_t end) {
     using F = Format<kFormat>;
@@ -131,11 +119,13 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
     const auto weights = [&](const Panel& panel) {
         return static_cast<const uint8_t*>(panel.segment->weight) + panel.row / kPanel * panel_bytes;
     };
-    float sums[kMaxRows * kPanel];
+    float both[2][kMaxRows * kPanel];
     Panel panel = locate_panel(args, begin % plan.panels);
     for (int64_t item = begin; item < end; ++item) {
         const int64_t i0 = item / plan.panels * plan.item_rows, m = smaller(plan.item_rows, plan.m - i0);
         const Panel following = item + 1 < end ? locate_panel(args, (item + 1) % plan.panels) : panel;
+        const bool gated = args.swiglu && item % 2 == 1;  // by the item before, which is in the same run
+        float* sums = both[gated];
         memset(sums, 0, static_cast<size_t>(m * kPanel) * sizeof(float));
         for (int64_t k0 = 0; k0 < args.k; k0 += kChunk) {
             const uint8_t* w = weights(panel) + k0 / kGroup * F::kGroupBytes;
@@ -143,7 +133,7 @@ void run_items(const Plan& plan, int64_t begin, int64_t end) {
             chunk<kFormat>(plan, w, k0 / kGroup, smaller(kChunk, args.k - k0), m, plan.x + i0 * plan.groups * Format<kFormat>::kXWords,
                            sums, next);
         }
-        finish(args, plan.columns, panel, plan.m0 + i0, m, sums);
+        finish_panel(args, plan.columns, panel, plan.m0 + i0, m, sums, gated ? both[0] : nullptr);
         panel = following;
     }
 }
@@ -152,10 +142,8 @@ template <WeightFormat kFormat>
 void run(const LinearArgs& args) {
     Plan plan = {};
     plan.args = &args;
-    for (int s = 0; s < args.num_segments; ++s) {
-        plan.columns += args.segments[s].n;
-        plan.panels += ceil_div(args.segments[s].n, kPanel);
-    }
+    plan.columns = num_columns(args);
+    for (int s = 0; s < args.num_segments; ++s) plan.panels += ceil_div(args.segments[s].n, kPanel);
     if (plan.columns == 0) return;
     plan.groups = ceil_div(args.k, kGroup);
     for (plan.m0 = 0; plan.m0 < args.m; plan.m0 += kPassRows) {
@@ -168,9 +156,9 @@ void run(const LinearArgs& args) {
         });
         const int64_t items = plan.panels * ceil_div(plan.m, plan.item_rows);
         // Long enough runs of items that fetching ahead pays, short enough that a thread that lost its CPU for a while delays nothing.
-        const bool small = plan.m * args.k * plan.columns < kSmallWork;
-        parallel_for(items, small ? items : ceil_div(items, 8 * num_threads()),
-                     [&](int64_t begin, int64_t end) { run_items<kFormat>(plan, begin, end); });
+        const bool small = plan.m * args.k * plan.panels * kPanel < kSmallWork;
+        const int64_t run = ceil_div(items, 16 * num_threads()) * 2;  // even: a panel and the one that it gates stay together
+        parallel_for(items, small ? items : run, [&](int64_t begin, int64_t end) { run_items<kFormat>(plan, begin, end); });
     }
 }
 

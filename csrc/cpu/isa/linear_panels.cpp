@@ -28,7 +28,7 @@ constexpr int64_t kPassRows = 4 * kMaxRows * 4;  // rows of x packed at once, wh
 
 struct Plan {
     const LinearArgs* args;
-    int64_t columns, panels;  // of all segments
+    int64_t columns, panels;  // of out; of all segments
     int64_t steps;            // along K
     int64_t m0, m;            // rows of x in this pass
     int64_t group, groups;    // rows of x per item
@@ -73,21 +73,21 @@ void multiply_panel(const T* weight, const typename Walk<T>::X* x, int64_t steps
     }
 }
 
-// Items: every panel with every group of rows of x, groups of one panel next to each other.
+// Items: every panel (with SwiGLU every two that belong together) with every group of rows of x, groups of one panel next to each other.
 template <class T>
 void run_items(const Plan& plan, int64_t begin, int64_t end) {
-    alignas(64) float sums[kMaxRows * kPanel];
+    const LinearArgs& args = *plan.args;
+    const int halves = args.swiglu ? 2 : 1;
+    alignas(64) float sums[2][kMaxRows * kPanel];
     for (int64_t item = begin; item < end; ++item) {
-        const Panel panel = locate_panel(*plan.args, item / plan.groups);
-        const T* weight = static_cast<const T*>(panel.segment->weight) + panel.row * plan.steps * Walk<T>::kDepth;
         const int64_t i0 = item % plan.groups * plan.group, m = smaller(plan.group, plan.m - i0);
         const auto* x = static_cast<const typename Walk<T>::X*>(plan.x) + i0 * plan.steps * Walk<T>::kWords;
-        multiply_panel(weight, x, plan.steps, m, sums);
-        float bias[kPanel];
-        const int64_t count = smaller(kPanel, panel.segment->n - panel.row);
-        load_bias(*panel.segment, panel.row, count, bias);
-        for (int64_t i = 0; i < m; ++i)
-            finish_outputs(*plan.args, (plan.m0 + i0 + i) * plan.columns + panel.column, sums + i * kPanel, bias, count);
+        for (int half = 0; half < halves; ++half) {
+            const Panel panel = locate_panel(args, item / plan.groups * halves + half);
+            const T* weight = static_cast<const T*>(panel.segment->weight) + panel.row * plan.steps * Walk<T>::kDepth;
+            multiply_panel(weight, x, plan.steps, m, sums[half]);
+            finish_panel(args, plan.columns, panel, plan.m0 + i0, m, sums[half], half == 0 ? nullptr : sums[0]);
+        }
     }
 }
 
@@ -109,10 +109,8 @@ template <class T>
 void run(const LinearArgs& args) {
     Plan plan = {};
     plan.args = &args;
-    for (int s = 0; s < args.num_segments; ++s) {
-        plan.columns += args.segments[s].n;
-        plan.panels += ceil_div(args.segments[s].n, kPanel);
-    }
+    plan.columns = num_columns(args);
+    for (int s = 0; s < args.num_segments; ++s) plan.panels += ceil_div(args.segments[s].n, kPanel);
     if (plan.columns == 0) return;
     plan.steps = ceil_div(args.k, Walk<T>::kDepth);
     const int64_t threads = num_threads();
@@ -124,8 +122,8 @@ void run(const LinearArgs& args) {
         plan.x = scratch(kCallScratch, plan.steps * Walk<T>::kWords * plan.m * static_cast<int64_t>(sizeof(typename Walk<T>::X)));
         parallel_for(plan.groups, 1, [&](int64_t begin, int64_t end) { pack_groups<T>(plan, begin, end); });
         // Long enough runs of items that memory is read in order, short enough that a thread that lost its CPU for a while delays nothing.
-        const int64_t items = plan.panels * plan.groups;
-        const bool small = plan.m * args.k * plan.columns < kSmallWork;
+        const int64_t items = (args.swiglu ? plan.panels / 2 : plan.panels) * plan.groups;
+        const bool small = plan.m * args.k * plan.panels * kPanel < kSmallWork;
         parallel_for(items, small ? items : ceil_div(items, 8 * threads),
                      [&](int64_t begin, int64_t end) { run_items<T>(plan, begin, end); });
     }
