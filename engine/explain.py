@@ -41,7 +41,9 @@ class Part:
     calls: float  # of its kernel; 0 for a part without one
     num_bytes: float  # that its kernel must read and write
     operations: float  # floating-point operations that it must do
-    limit_seconds: float  # the least time that takes on this machine: its bytes at the read bandwidth or its operations at the FMA rate
+    # The least time that takes on this machine: its bytes at the read bandwidth or, of what multiplies in float32, its operations at the
+    # FMA rate, whichever is more.
+    limit_seconds: float
 
     @property
     def share(self) -> float | None:
@@ -253,6 +255,11 @@ class Setting:
     drafts: bool
 
     @property
+    def in_float32(self) -> bool:
+        """Whether products multiply in float32, whose rate is measured; packed bfloat16 and integers have instructions of their own."""
+        return self.weights in ("shared", "float32", "float16")
+
+    @property
     def larger_batches(self) -> str:
         if self.batch_size < self.max_batch_size:
             return f"decode more sequences at once (this was {self.batch_size}; max_batch_size allows {self.max_batch_size})"
@@ -279,7 +286,12 @@ def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_
                 f"{much} is attention over keys and values: kv_dtype=torch.int8 reads a part of the bytes, for a small error of the logits"
             )
         return f"{much} is attention over keys and values, which are int8 already: only shorter contexts make it less"
-    if sum(part.operations for part in products) / flop_rate > sum(part.num_bytes for part in products) / read_bandwidth:
+    reading = sum(part.num_bytes for part in products) / read_bandwidth
+    if setting.in_float32:
+        arithmetic = sum(part.operations for part in products) / flop_rate > reading
+    else:
+        arithmetic = sum(part.seconds for part in products) > 2 * reading
+    if arithmetic:
         if setting.weights in INTEGER_FORMATS:
             return f"{much} is arithmetic of products: nothing but more cores (engine.set_num_threads) makes it less"
         return f"{much} is arithmetic of products: weights='int8' multiplies integers, for a small error of the logits"
@@ -344,7 +356,9 @@ def _summary(chosen: list[Step], setting: Setting, context: int, steps: int) -> 
     parts = []
     for name in PARTS:
         num_bytes, operations = sum(step.num_bytes[name] for step in chosen) / n, sum(step.operations[name] for step in chosen) / n
-        limit = max(num_bytes / bandwidth, operations / rate)
+        limit = num_bytes / bandwidth
+        if setting.in_float32 or name not in PRODUCTS:
+            limit = max(limit, operations / rate)
         seconds, calls = sum(step.seconds[name] for step in chosen) / n, sum(step.calls[name] for step in chosen) / n
         parts.append(Part(name, seconds, calls, num_bytes, operations, limit))
     advice = advise(parts, setting, bandwidth, rate)
