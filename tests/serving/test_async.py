@@ -69,8 +69,8 @@ def test_events_of_a_stream_add_up(served: Make, alone: Decoder, params: Samplin
 
 
 def test_text_and_options_by_keyword(bundled: Decoder, served: Make) -> None:
-    decoder = served(bundled)
     expected = [bundled.generate("def f(", max_new_tokens=8, stop=")"), bundled.generate("x = ", max_new_tokens=6, regex="[0-9]{3}")]
+    decoder = served(bundled)  # whose methods are not to be called from now on
 
     async def both() -> None:
         got = [
@@ -174,8 +174,9 @@ def test_queue_full(served: Make) -> None:
         await first
         assert [len(await read(stream)) for stream in waiting] == [1, 1, 1]
         assert len(await decoder.generate([3], max_new_tokens=1)) == 1
-        with pytest.raises(ValueError):
-            await decoder.generate([1000])  # what is refused counts no longer
+        for _ in range(4):
+            with pytest.raises(ValueError, match="token id 1000"):
+                await decoder.generate([1000])  # what is refused counts no longer
         for _ in range(5):
             await decoder.generate([3], max_new_tokens=1)
 
