@@ -26,6 +26,15 @@ READ_BYTES = 256 << 20
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def commit() -> str:
+    """The commit checked out, with a plus where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
 @dataclass
 class Machine:
     """What this run measured the machine to be able to do; the yardstick of its results."""
@@ -33,6 +42,7 @@ class Machine:
     read_bandwidth: float = field(default_factory=limits.read_bandwidth)  # bytes/s from memory
     flop_rate: float = field(default_factory=limits.flop_rate)  # float32 operations/s
     later_read_bandwidth: float = 0.0  # the same at the end of the run
+    commit: str = field(default_factory=commit)  # what was checked out when the run began
 
     def seconds(self, num_bytes: float, operations: float) -> float:
         """The least time a kernel that reads so many bytes and does so many operations can take: the roofline."""
@@ -54,9 +64,6 @@ class Machine:
     def describe(self, peers: dict[str, str | None]) -> dict[str, Any]:
         """Machine, versions and commit, for the JSON."""
 
-        def git(*arguments: str) -> str:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
         processor = platform.processor() or platform.machine()
         try:
             lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -74,7 +81,7 @@ class Machine:
             "torch": torch.__version__,
             "peers": peers,
             "python": platform.python_version(),
-            "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else ""),
+            "commit": self.commit,
             "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         }
 
