@@ -17,7 +17,7 @@ from torch import Tensor
 from .kernels import Ops, limits
 from .kernels.packed import INTEGER_FORMATS, PackedWeight
 from .models.transformer import Transformer
-from .scheduler import StepPlan
+from .plan import StepPlan
 
 if TYPE_CHECKING:
     from .decoder import Decoder

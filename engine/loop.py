@@ -15,9 +15,10 @@ from .kernels.registry import Ops
 from .kv_cache import KVCache
 from .outputs import FinishReason, RequestOutput, StreamEvent
 from .pace import Pace
+from .plan import StepPlan
 from .request import Drawn, Request
 from .runner import Runner
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler
 from .stats import Meter, Stats
 
 logger = logging.getLogger("engine.loop")

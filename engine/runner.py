@@ -11,7 +11,7 @@ from .columns import tensor_of
 from .kv_cache import KVCache
 from .models.batch import StepBatch
 from .models.transformer import Transformer
-from .scheduler import StepPlan
+from .plan import StepPlan
 
 _WIDTH = 8  # the columns of a block table come in eights, so that a step is seldom wider than the one before
 

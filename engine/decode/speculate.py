@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..drafters.draft import MAX_DRAFT, Draft
 from ..kernels import STATUS_NAN, STATUS_OK, Ops
+from ..plan import StepPlan
 from ..request import Drawn, Lookahead, Request
-from ..scheduler import StepPlan
 from .grammar import GrammarError
 from .rows import as_int64, lists
 from .sample import law

@@ -20,9 +20,9 @@ from ..models.config import ModelConfig
 from ..models.load import load
 from ..option_checks import check_int
 from ..params import draft_seed
+from ..plan import ScheduledSequence, StepPlan
 from ..request import Lookahead, Request, TokenSequence
 from ..runner import Runner
-from ..scheduler import ScheduledSequence, StepPlan
 from ..tokenizer import Tokenizer
 from .draft import MAX_DRAFT, Draft, signed
 from .governor import Costs

@@ -13,8 +13,9 @@ from engine.blocks import BlockPool
 from engine.drafters.draft import Draft
 from engine.outputs import RequestOutput
 from engine.params import SamplingParams
+from engine.plan import StepPlan
 from engine.request import Beam, Drawn, Request, Submission, TokenSequence
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 
 VOCABULARY = 3
 

@@ -14,9 +14,10 @@ from engine.columns import tensor_of
 from engine.drafters.draft import Draft
 from engine.models.batch import StepBatch
 from engine.params import SamplingParams
+from engine.plan import StepPlan
 from engine.request import Drawn, Request
 from engine.runner import Runner
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 
 
 def request_of(length: int, followers: int = 0) -> Request:

@@ -10,8 +10,9 @@ import pytest
 from engine.blocks import BlockPool
 from engine.drafters.draft import MAX_DRAFT, Draft
 from engine.params import SamplingParams
+from engine.plan import StepPlan
 from engine.request import Beam, Drawn, Request
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import Scheduler
 
 
 def make(prompt_len: int, max_new: int, followers: int = 0) -> Request:
