@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels as kernels_module
-from .admission import DEFAULT_NEW_TOKENS, build_requests
+from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
 from .decode.grammar import Grammars
 from .drafters.speculator import Speculator, make_drafters
@@ -124,6 +124,9 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Decode to the end.
@@ -132,6 +135,9 @@ class Decoder:
             prompts: a string, a list of strings, token ids, lists of them, or an integer tensor ``[B, T]``. Lengths may differ.
             params: one ``SamplingParams`` for all prompts or a list with one each.
             attention_mask: ``[B, T]`` beside a tensor of prompts; 0 marks padding.
+            priority: lower ones first; each step up counts as a minute of coming later (``scheduler.PRIORITY_SECONDS``), so nobody starves.
+            timeout: seconds, from this call on, after which what is unfinished ends with ``finish_reason`` "abort" and an ``error``.
+            cache_salt: a string; cached blocks of the prefix cache are shared by calls of the same salt only. None: by all without one.
             **options: the fields of ``SamplingParams`` (or their usual other names) instead of ``params``.
 
         Returns:
@@ -139,10 +145,13 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: bad input, named in one sentence, before any work is done. A request that fails later (NaN in its
-                logits, no token left to draw, a processor that raises) does not raise: its output has ``finish_reason`` "error".
+                logits, no token left to draw, a processor that raises, a step that fails) does not raise: its output has
+                ``finish_reason`` "error".
             ImportError: a grammar is asked for and llguidance is not installed.
         """
-        submission = self.prepare("generate()", prompts, params, attention_mask, options, streams=False)
+        submission = self.prepare(
+            "generate()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt, streams=False
+        )
         total = submission.num_outputs
         with tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False) as finished:
             for _ in self._run(submission):
@@ -155,13 +164,19 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Iterator[StreamEvent]:
         """Like ``generate``, but yields tokens and text as they come; bad input raises here, before the first event.
 
         Leaving the iterator early aborts what is unfinished.
         """
-        return self._run(self.prepare("stream()", prompts, params, attention_mask, options))
+        submission = self.prepare(
+            "stream()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt
+        )
+        return self._run(submission)
 
     def submit(
         self,
@@ -169,11 +184,16 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Submission:
         """Queue what ``stream`` would run, for a loop of the caller's own: call ``step`` while ``has_work``, and take the submission's
         ``events`` as they come. ``abort`` ends it early."""
-        submission = self.prepare("submit()", prompts, params, attention_mask, options)
+        submission = self.prepare(
+            "submit()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt
+        )
         self.loop.enqueue(submission.requests)
         return submission
 
@@ -283,15 +303,29 @@ class Decoder:
         attention_mask: Tensor | None,
         options: dict[str, Any],
         *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        submitted_at: float | None = None,
         streams: bool = True,
         beams_as_origin: bool = False,
     ) -> Submission:
-        """A call's requests, not queued yet; raises what ``generate`` raises, in the name of ``caller``."""
+        """A call's requests, not queued yet; raises what ``generate`` raises, in the name of ``caller``.
+
+        ``submitted_at``: when the call was made, by ``time.perf_counter``; None: now. Order, timeout and times count from then.
+        """
+        check_terms(priority, timeout, cache_salt)
+        clock = self.loop.scheduler.clock
+        if submitted_at is None:
+            submitted_at = clock()
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
         requests = build_requests(
             caller, token_lists, params, options, self.config, self.tokenizer, self.loop.scheduler, self.grammars,
             can_draft=self.loop.speculator is not None, beams_as_origin=beams_as_origin,
         )  # fmt: skip
+        for request in requests:
+            request.clock, request.submitted_at = clock, submitted_at
+            request.priority, request.timeout, request.cache_salt = priority, timeout, cache_salt
         return Submission(requests, streams)
 
     def _run(self, submission: Submission) -> Iterator[StreamEvent]:

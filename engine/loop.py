@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from .blocks import BlockPool
 from .decode import beam_request, speculate
 from .decode.beam_rows import choose
 from .decode.grammar import GrammarError
+from .decode.rows import said
 from .decode.sample import Sampler
 from .drafters.speculator import Speculator
 from .kernels.registry import Ops
@@ -16,6 +18,8 @@ from .outputs import FinishReason, RequestOutput, StreamEvent
 from .request import Drawn, Request
 from .runner import Runner
 from .scheduler import Scheduler, StepPlan
+
+logger = logging.getLogger("engine.loop")
 
 
 class StepLoop:
@@ -75,6 +79,10 @@ class StepLoop:
 
     def _step(self) -> None:
         start = time.perf_counter()
+        for request in self.scheduler.expired():
+            self._finish(request, "abort", error=f"the request has run into its timeout of {request.timeout:g} seconds")
+        if not self.scheduler.has_work:
+            return
         if self.speculator is not None:
             self.speculator.propose(self.scheduler.running)
         plan = self.scheduler.plan()
@@ -83,6 +91,8 @@ class StepLoop:
             return
         try:
             self._execute(plan)
+        except Exception as error:
+            self._fail(plan, error)
         except BaseException:
             # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
             # tokens they have, and by the token law draw what they would have drawn.
@@ -91,6 +101,17 @@ class StepLoop:
         if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
             rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
             self.speculator.note_step(len(plan.sequences), rows, time.perf_counter() - start)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """End those whose step has failed: what of it is in the cache is not certain. All others go on."""
+        requests: dict[Request, None] = {}
+        for scheduled in plan.sequences:
+            requests[scheduled.request] = None
+            requests |= dict.fromkeys(row for row in scheduled.rows if isinstance(row, Request))
+        unfinished = [request for request in requests if not request.finished]
+        logger.error("a step failed, and with it %d requests", len(unfinished), exc_info=error)
+        for request in unfinished:
+            self._finish(request, "error", error=f"a step with this request failed with {type(error).__name__}: {said(error)}")
 
     def _execute(self, plan: StepPlan) -> None:
         logits = self.runner.run(plan)
@@ -185,7 +206,7 @@ class StepLoop:
             return
         whole = None
         if request.text_state is not None:
-            if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
+            if not isinstance(stop_reason, str) and reason != "error":  # after a stop string no text may follow
                 rest, matched = request.text_state.flush()
                 text += rest
                 if matched is not None and stop_reason is None and reason != "abort":

@@ -1,13 +1,18 @@
 """Who computes how many tokens in the next step: budgets in, plan out. No tensors.
 
-Requests are served in the order they came. A running request keeps its blocks until it finishes or is preempted; when the pool runs dry the
-youngest running request is preempted (its blocks freed, its tokens recomputed later), so the oldest always makes progress. A beam search is
-one request with several sequences: they are computed, preempted and resumed together, and what they have in common is computed once.
+Requests are served in the order they came, where one of priority p counts as one that came ``p * PRIORITY_SECONDS`` later. A running
+request keeps its blocks until it finishes or is preempted; when the pool runs dry the last in order of the running is preempted (its blocks
+freed, its tokens recomputed later) and waits at its place in the order, so the first always makes progress. Nobody overtakes a request that
+waits because it does not fit yet; it fits at the latest when all others have ended. A beam search is one request with several sequences:
+they are computed, preempted and resumed together, and what they have in common is computed once.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import math
+import operator
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +22,9 @@ from .drafters.draft import Draft
 from .request import Beam, Request, TokenSequence
 
 NO_DRAFT = Draft()
+PRIORITY_SECONDS = 60.0  # of waiting that one step of priority is worth: whoever comes later than that does not go first
+
+_order = operator.attrgetter("order")
 
 
 @dataclass(slots=True)
@@ -80,9 +88,18 @@ class Scheduler:
         max_batch_size: most sequences running at once.
         max_batch_tokens: most query tokens in one step (at least ``max_batch_size``, so that every running sequence can advance).
         prefill_chunk: most query tokens of one sequence in one step.
+        clock: seconds, for timeouts and times of requests.
     """
 
-    def __init__(self, pool: BlockPool, *, max_batch_size: int, max_batch_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        prefill_chunk: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -92,8 +109,12 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.prefill_chunk = prefill_chunk
-        self.waiting: deque[Request] = deque()
+        self.clock = clock
+        self.waiting: list[Request] = []  # both in the order of requests
         self.running: list[Request] = []
+        self._num_added = 0
+        self._timed: dict[Request, float] = {}  # deadlines
+        self._earliest = math.inf  # none of them is before
         self.on_preemption: Callable[[Request], None] | None = None  # told of each request that is preempted
 
     @property
@@ -118,7 +139,21 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request with its followers, ``max_batch_size`` in all at most. The caller has asked ``admissible``."""
         assert request.seats + len(request.followers) <= self.max_batch_size
-        self.waiting.append(request)
+        for one in (request, *request.followers):
+            self._num_added += 1
+            one.order = one.submitted_at + one.priority * PRIORITY_SECONDS, self._num_added
+            if one.deadline is not None:
+                self._timed[one] = one.deadline
+                self._earliest = min(self._earliest, one.deadline)
+        bisect.insort(self.waiting, request, key=_order)
+
+    def expired(self) -> list[Request]:
+        """Those whose timeout has passed; the caller ends them."""
+        now = self.clock()
+        if now < self._earliest:
+            return []
+        self._earliest = min((deadline for deadline in self._timed.values() if deadline > now), default=math.inf)
+        return [request for request, deadline in self._timed.items() if deadline <= now]
 
     def plan(self) -> StepPlan:
         plan = StepPlan()
@@ -133,7 +168,7 @@ class Scheduler:
             shares = self._shares(request, budget - owed)
             writes = self._writes(shares)
             if writes and not self._make_room(request, writes):
-                break  # request was the youngest and has been preempted itself; nobody is behind it
+                break  # request was the last and has been preempted itself; nobody is behind it
             budget -= self._schedule(plan, request, shares, writes)
             position += 1
         while self.waiting:
@@ -143,7 +178,7 @@ class Scheduler:
             # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
             if self._blocks_wanted(request) > self.pool.num_free:
                 break
-            self.running.append(self.waiting.popleft())
+            bisect.insort(self.running, self.waiting.pop(0), key=_order)
             shares = self._shares(request, budget)
             budget -= self._schedule(plan, request, shares, self._writes(shares))
         self._place_drafts(plan, budget)
@@ -213,6 +248,9 @@ class Scheduler:
         """Add to the plan; returns how many tokens."""
         for write in writes:
             plan.copies += self.pool.prepare(*write)
+        if request.scheduled_at is None:
+            for one in (request, *request.followers):
+                one.scheduled_at = self.clock()
         total = 0
         for sequence, n in shares:
             assert n >= 1, "a request is scheduled without a token to compute"
@@ -223,7 +261,7 @@ class Scheduler:
         return total
 
     def _make_room(self, request: Request, writes: list[Write]) -> bool:
-        """Preempt the youngest until ``request`` can make its ``writes``; False if it had to be preempted itself."""
+        """Preempt the last in order until ``request`` can make its ``writes``; False if it had to be preempted itself."""
         while self.pool.new_blocks(writes) > self.pool.num_free:
             victim = self.running.pop()
             self._preempt(victim)
@@ -238,7 +276,7 @@ class Scheduler:
         request.num_preemptions += 1
         if self.on_preemption is not None:
             self.on_preemption(request)
-        self.waiting.appendleft(request)
+        bisect.insort(self.waiting, request, key=_order)
 
     def commit(self, plan: StepPlan) -> None:
         """Record that a plan has been run: its tokens are in the cache, and followers and beams have joined."""
@@ -276,6 +314,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Take a finished or aborted request out and free its blocks. A leader removed early passes its followers on."""
+        self._timed.pop(request, None)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -289,12 +328,16 @@ class Scheduler:
         if request.followers:
             heir, *request.followers[:] = request.followers
             heir.followers, request.followers = request.followers, []
-            self.waiting.appendleft(heir)
+            bisect.insort(self.waiting, heir, key=_order)
 
     def check(self) -> None:
         """Assert the invariants of queues and pool; for tests, after any step."""
         requests = (*self.running, *self.waiting)
         assert len({id(r) for r in requests}) == len(requests), "a request is queued twice"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_order), "requests are not in their order"
+        followers = (follower for r in requests for follower in r.followers)
+        assert self._timed.keys() <= {*requests, *followers}, "a request that has ended is still timed"
         waiting = [s for r in self.waiting for s in r.sequences]
         running = [s for r in self.running for s in r.sequences]
         assert all(not s.block_table and s.num_computed == 0 for s in waiting), "a waiting request holds blocks"
