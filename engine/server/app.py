@@ -22,7 +22,6 @@ from starlette.responses import Response
 from .. import __version__
 from ..async_decoder import DecoderClosed, QueueFull, RequestStream
 from ..outputs import RequestOutput, StreamEvent
-from ..params import SamplingParams
 from .convert import bad_request, check_limits, to_params
 from .errors import ApiError, failure, json_response, shutting_down
 from .gate import Gate, Record
@@ -197,7 +196,7 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
         events.abandon()
         _note(state, record, [first.output])
         raise error
-    return EventStream(_chunks(state, record, reply, events, first))
+    return EventStream(_chunks(state, record, reply, events, first), events)
 
 
 async def _chunks(
@@ -206,8 +205,10 @@ async def _chunks(
     """The events of a call as server-sent events; one that fails is the last."""
     begun: dict[tuple[int, int], float] = {}  # when each choice was last heard of
     event: StreamEvent | None = first
+    num_tokens = 0
     try:
         while event is not None:
+            num_tokens += len(event.token_ids)
             choice, now = (event.prompt_index, event.index), time.perf_counter()
             if choice in begun:
                 state.metrics.inter_token.observe(now - begun[choice])
@@ -229,6 +230,7 @@ async def _chunks(
     except DecoderClosed as error:
         yield sse(ApiError(503, str(error)).body) + DONE
     finally:
+        record.details["completion_tokens"] = num_tokens
         events.abandon()
         _note(state, record, events.outputs)
 
@@ -236,10 +238,10 @@ async def _chunks(
 def _note(state: ServerState, record: Record, outputs: list[RequestOutput]) -> None:
     """Count what has ended, and leave its numbers for the log."""
     state.metrics.count(outputs)
-    record.details["completion_tokens"] = sum(output.metrics.num_new_tokens for output in outputs)
     if outputs:
         first = outputs[0].metrics
         record.details |= {
+            "completion_tokens": sum(output.metrics.num_new_tokens for output in outputs),
             "cached_tokens": sum(o.metrics.num_cached_tokens for o in outputs if o.index == 0),
             "queue_seconds": _rounded(first.queue_time),
             "first_token_seconds": _rounded(first.time_to_first_token),

@@ -102,7 +102,9 @@ def _check_content(value: Any) -> Any:
         raise ValueError("content must be a string or a list of text parts")
     for part in value:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"content has a part of type {part.get('type')!r:.60}; this model takes only parts of type 'text', with their text")
+            raise ValueError(
+                f"content has a part of type {part.get('type')!r:.60}; this model takes only parts of type 'text', with their text"
+            )
     return "\n".join(part["text"] for part in value)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..async_decoder import AsyncDecoder
@@ -99,11 +99,7 @@ class ServerState:
 
     def _completion_prompts(self, call: CompletionCall, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
         prompt = call.prompt
-        given: Sequence[str | list[int]]
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            given = [prompt]  # type: ignore[list-item]
-        else:
-            given = prompt  # type: ignore[assignment]
+        given: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         ids = self._limited([tokenizer.encode(one) if isinstance(one, str) else one for one in given], "prompt")
         texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given] if call.echo else []
         return ids, texts

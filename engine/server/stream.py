@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ..async_decoder import RequestStream
 from .gate import ClientGone
 
 T = TypeVar("T")
@@ -47,17 +48,22 @@ async def _until_gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events from ``chunks``, which is closed when the client goes."""
+    """Server-sent events.
+
+    Args:
+        chunks: their bytes, made of
+        source: closed with ``chunks`` when the client goes; a generator that has not begun would close nothing itself.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], source: RequestStream) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._chunks = chunks
+        self._chunks, self._source = chunks, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._chunks):
+        async with contextlib.aclosing(self._source), contextlib.aclosing(self._chunks):
             await while_connected(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:

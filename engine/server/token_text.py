@@ -15,8 +15,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TokenText:
     """What single tokens stand for.
 
-    A token may be part of a character, which a tokenizer alone decodes to U+FFFD; its bytes are exact where the tokenizer's decoder is one of
-    the usual two kinds (bytes as printable characters, or pieces with "▁" for spaces), else those of its text.
+    A token may be part of a character, which a tokenizer alone decodes to U+FFFD. Its bytes are exact where the tokenizer's decoder is one
+    of the usual two kinds (bytes as printable characters, or pieces with "▁" for spaces), else those of its text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
