@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_arguments(commands.add_parser("verify", help="check that every backend draws each token by the law, and print p-values"))
     arguments = parser.parse_args(argv)
     try:
-        return {"generate": _generate, "serve": _serve, "demo": _demo, "info": _info, "verify": verify.command}[arguments.command](arguments)
+        run = {"generate": _generate, "serve": _serve, "demo": _demo, "info": _info, "verify": verify.command}[arguments.command]
+        return run(arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`

@@ -26,7 +26,7 @@ from .convert import bad_request, check_limits, to_params
 from .errors import ApiError, failure, json_response, shutting_down
 from .gate import Gate, Record
 from .replies import ChatReply, CompletionReply, Reply
-from .schema import ChatCall, CompletionCall, DetokenizeCall, TokenizeCall
+from .schema import ChatCall, CompletionCall, DetokenizeCall, ErrorReply, TokenizeCall
 from .settings import Settings
 from .state import ServerState
 from .stream import DONE, EventStream, sse, while_connected
@@ -36,7 +36,10 @@ PAGE = Path(__file__).parent / "page.html"
 
 def create_app(settings: Settings) -> FastAPI:
     """A server without a model: ``app.state.server.serve(decoder)`` gives it one."""
-    app = FastAPI(title="decoding-engine", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="decoding-engine", version=__version__, docs_url=None, redoc_url=None,
+        responses={"default": {"model": ErrorReply, "description": "What is wrong, in one sentence."}},
+    )  # fmt: skip
     state = app.state.server = ServerState(settings)
     app.add_middleware(Gate, settings=settings, metrics=state.metrics)
     if settings.cors_origins:
@@ -126,8 +129,7 @@ def _add_watching_routes(app: FastAPI, state: ServerState) -> None:
     @app.get("/stats")
     async def stats() -> Response:
         """What the page shows."""
-        numbers = state.stats()
-        return json_response(None if numbers is None else dataclasses.asdict(numbers))
+        return json_response(_numbers(state))
 
 
 def _page() -> tuple[bytes, str]:
@@ -149,6 +151,14 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
     served = state.served
     length = served.decoder.decoder.config.max_position
     return {"id": name, "object": "model", "created": state.created, "owned_by": "decoding-engine", "max_model_len": length}
+
+
+def _numbers(state: ServerState) -> dict[str, Any]:
+    stats = state.stats()
+    decoder = None
+    if stats is not None:
+        decoder = {name: getattr(stats, name) for name in ("hit_rate", "acceptance", "cache_use")} | dataclasses.asdict(stats)
+    return {"model": state.settings.model[0], "state": state.condition, "decoder": decoder}
 
 
 async def _in_thread(state: ServerState, function: Any, *arguments: Any) -> Any:
@@ -236,8 +246,8 @@ async def _chunks(
 
 
 def _note(state: ServerState, record: Record, outputs: list[RequestOutput]) -> None:
-    """Count what has ended, and leave its numbers for the log."""
-    state.metrics.count(outputs)
+    """Take in the times of what has ended, and leave its numbers for the log."""
+    state.metrics.observe(outputs)
     if outputs:
         first = outputs[0].metrics
         record.details |= {
@@ -278,19 +288,20 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """A body that is not JSON, or not of the call's form: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [part for part in first["loc"][1:] if isinstance(part, (int, str))]
-    message = str(first["msg"])
-    param = ".".join(map(str, place))
-    if first["type"] == "json_invalid":
-        message, param = f"the body is not JSON: {first['ctx']['error']}", ""
-    elif first["type"] == "missing":
-        message = f"{param} is missing" if param else "the body is missing; it must be a JSON object, with content-type: application/json"
-    elif first["type"] == "value_error":
-        message = message.removeprefix("Value error, ")
-        if len(place) > 1:
-            message = f"{param}: {message}"
-    elif not param:
+    place = list(map(str, first["loc"][1:]))
+    field, kind, message = ".".join(place), first["type"], str(first["msg"])
+    if kind == "json_invalid":
+        field, message = "", f"the body is not JSON: {first['ctx']['error']}"
+    elif not place and kind != "field":
         message = "the body must be a JSON object, with content-type: application/json"
+    elif kind == "missing":
+        message = f"{field} is missing"
+    elif kind == "field":
+        field = ".".join([*place, first["ctx"]["field"]])
+        message = f"{'.'.join(place)}: {message}" if place else message
+    elif kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        message = message if message.startswith(f"{field} ") else f"{field}: {message}"
     else:
-        message = f"{param} is {first['input']!r:.60}; {message.replace('Input should be', 'it must be')}"
-    return await _api_error(request, ApiError(400, message, param=param or None))
+        message = f"{field} is {first['input']!r:.60}; {message.replace('Input should be', 'it must be')}"
+    return await _api_error(request, ApiError(400, message, param=field or None))

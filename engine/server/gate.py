@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import json
 import logging
@@ -22,6 +21,7 @@ from .settings import Settings
 logger = logging.getLogger("engine.server")
 
 OPEN = ("/", "/health", "/ready")  # paths that need no key
+WATCHING = ("/health", "/ready", "/metrics", "/stats")  # asked for every few seconds, and not logged when all is well
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 GONE = 499  # what is recorded of a client that left before its reply was whole
 
@@ -47,8 +47,8 @@ class Record:
 class Gate:
     """ASGI middleware.
 
-    Bodies are read here, whole, so that none that is too long or too slow reaches a route. Routes find the ``Record`` of their request in its
-    state.
+    Bodies are read here, whole, so that none that is too long or too slow reaches a route. Routes find the ``Record`` of their request in
+    its state.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
@@ -143,8 +143,8 @@ class Gate:
         seconds = time.perf_counter() - record.started
         self._metrics.calls.labels(record.route, str(record.status)).inc()
         self._metrics.call_seconds.labels(record.route).observe(seconds)
-        with contextlib.suppress(ValueError):  # a log file that has been closed
-            logger.info("request", extra={"record": record, "seconds": seconds})
+        level = logging.DEBUG if record.path in WATCHING and record.status == 200 else logging.INFO
+        logger.log(level, "request", extra={"record": record, "seconds": seconds})
 
 
 class ClientGone(Exception):

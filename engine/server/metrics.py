@@ -32,7 +32,6 @@ class Metrics:
         self.call_seconds = Histogram(
             "http_request_duration_seconds", "From a request's head to the end of its reply.", ("route",), buckets=_SECONDS, **common
         )
-        self._ended = Counter("sequences_ended", "Sequences that have ended, by reason.", ("finish_reason",), **common)
         self._first_token = Histogram("time_to_first_token_seconds", "From submission to the first token.", buckets=_SECONDS, **common)
         self._per_token = Histogram(
             "time_per_output_token_seconds", "A sequence's mean time for each token after the first.", buckets=_TOKEN_SECONDS, **common
@@ -40,22 +39,12 @@ class Metrics:
         self.inter_token = Histogram(
             "inter_token_latency_seconds", "Between a stream's chunks of one choice.", buckets=_TOKEN_SECONDS, **common
         )
-        self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", **common)
-        self._cached_tokens = Counter("cached_prompt_tokens", "Those of them that the prefix cache had.", **common)
-        self._new_tokens = Counter("generation_tokens", "Tokens generated.", **common)
         self.registry.register(_DecoderNumbers(stats))
 
-    def count(self, outputs: Sequence[RequestOutput]) -> None:
-        """Take in the outputs of a call."""
-        seen = set()
+    def observe(self, outputs: Sequence[RequestOutput]) -> None:
+        """Take in the times of a call's outputs."""
         for output in outputs:
             metrics = output.metrics
-            self._ended.labels(output.finish_reason).inc()
-            self._new_tokens.inc(metrics.num_new_tokens)
-            if output.prompt_index not in seen:
-                seen.add(output.prompt_index)
-                self._prompt_tokens.inc(metrics.num_prompt_tokens)
-                self._cached_tokens.inc(metrics.num_cached_tokens)
             if metrics.time_to_first_token is not None:
                 self._first_token.observe(metrics.time_to_first_token)
                 if metrics.num_new_tokens > 1:
@@ -66,6 +55,8 @@ class Metrics:
 
 
 class _DecoderNumbers(Collector):
+    """The decoder's ``Stats`` under Prometheus' names."""
+
     def __init__(self, stats: Callable[[], Stats | None]) -> None:
         self._stats = stats
 
@@ -73,5 +64,34 @@ class _DecoderNumbers(Collector):
         stats = self._stats()
         if stats is None:
             return
-        yield GaugeMetricFamily("engine_running", "", value=0)
-        yield CounterMetricFamily("engine_steps", "", value=0)
+        for name, help, value in (
+            ("running_requests", "Requests that have a place in the batch.", stats.num_running),
+            ("waiting_requests", "Requests that have none yet, or no longer.", stats.num_waiting),
+            ("cache_blocks", "Blocks of the KV cache.", stats.num_blocks),
+            ("cache_blocks_free", "Those that no request holds.", stats.num_free_blocks),
+            ("cache_blocks_cached", "Those in the prefix cache.", stats.num_cached_blocks),
+            ("cache_use_ratio", "Share of blocks that requests hold.", stats.cache_use),
+            ("prefix_cache_hit_ratio", "Share of prompt tokens that the prefix cache had.", stats.hit_rate),
+            ("draft_acceptance_ratio", "Share of drafted tokens that were accepted.", stats.acceptance),
+            ("step_seconds", "Median of the last steps.", stats.step_seconds),
+            ("tokens_per_second", "New tokens of the last steps.", stats.tokens_per_second),
+        ):
+            yield GaugeMetricFamily(f"engine_{name}", help, value=value)
+        for name, help, value in (
+            ("steps", "Steps run.", stats.num_steps),
+            ("prompt_tokens", "Tokens of prompts.", stats.num_prompt_tokens),
+            ("cached_prompt_tokens", "Those of them that the prefix cache had.", stats.num_cached_tokens),
+            ("generation_tokens", "Tokens generated.", stats.num_new_tokens),
+            ("preemptions", "Requests that lost their place in the batch.", stats.num_preemptions),
+            ("drafted_tokens", "Tokens drafted and verified.", stats.num_drafted),
+            ("accepted_tokens", "Those of them that were accepted.", stats.num_accepted),
+        ):
+            yield CounterMetricFamily(f"engine_{name}", help, value=value)
+        for name, help, label, values in (
+            ("finished_requests", "Requests that have ended.", "finish_reason", stats.num_finished),
+            ("step_part_seconds", "Time spent in each part of steps.", "part", stats.seconds),
+        ):
+            family = CounterMetricFamily(f"engine_{name}", help, labels=[label])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            yield family

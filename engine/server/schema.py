@@ -6,6 +6,7 @@ import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 # Fields of OpenAI's API that change nothing about the output here.
 IGNORED = (
@@ -29,6 +30,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def about_field(name: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("field", "{message}", {"message": message, "field": name})
+
+
 class Call(BaseModel):
     """A body whose fields are all known: one that is not is named, with its nearest neighbour. null is the same as absent."""
 
@@ -41,25 +46,26 @@ class Call(BaseModel):
     @classmethod
     def _known_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            raise ValueError("the body must be a JSON object")
+            raise ValueError("it must be an object")
         known = {}
         for name, value in values.items():
             if value is None or name in cls.ignored:
                 if name not in cls.model_fields and name not in cls.ignored and name not in cls.refused:
-                    raise ValueError(cls._unknown(name))
+                    raise cls._unknown(name)
             elif name in cls.refused:
                 if value not in cls.refused[name]:
-                    raise ValueError(f"{name} is given; this server does not support it")
+                    raise about_field(name, f"{name} is given; this server does not support it")
             elif name not in cls.model_fields:
-                raise ValueError(cls._unknown(name))
+                raise cls._unknown(name)
             else:
                 known[name] = value
         return known
 
     @classmethod
-    def _unknown(cls, name: str) -> str:
-        near = difflib.get_close_matches(name[:100], cls.model_fields, n=1)
-        return f"{name[:100]} is not a known field{f'; did you mean {near[0]}?' if near else ''}"
+    def _unknown(cls, name: str) -> PydanticCustomError:
+        name = name[:100]
+        near = difflib.get_close_matches(name, cls.model_fields, n=1)
+        return about_field(name, f"{name} is not a known field{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _check_prompt(value: Any) -> Any:
@@ -219,3 +225,16 @@ class TokenizeCall(Call):
 class DetokenizeCall(Call):
     model: str | None = None
     tokens: list[int]
+
+
+class Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """What every error looks like."""
+
+    error: Problem

@@ -63,8 +63,11 @@ class ServerState:
         self._served = Served(decoder, tokenizer, template, TokenText(tokenizer), fingerprint)
 
     @property
-    def ready(self) -> bool:
-        return self._served is not None and not self.draining and self.failed is None
+    def condition(self) -> str:
+        """In a word."""
+        if self.failed is not None:
+            return "failed"
+        return "draining" if self.draining else "loading" if self._served is None else "ready"
 
     @property
     def served(self) -> Served:
@@ -78,7 +81,7 @@ class ServerState:
         return self._served
 
     def stats(self) -> Stats | None:
-        return None if self._served is None else self._served.decoder.stats()
+        return None if self._served is None or not hasattr(self._served.decoder, "stats") else self._served.decoder.stats()  # TODO
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.model:
