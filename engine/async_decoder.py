@@ -67,7 +67,8 @@ class AsyncDecoder:
     Args:
         decoder: a ``Decoder``, which is this one's from now on (its attributes may be read, its methods not called), or what ``Decoder``
             takes as a model.
-        max_waiting: most requests that are unfinished and not running yet; a call that finds so many raises ``QueueFull``.
+        max_waiting: most requests that are unfinished and do not run (samples of one prompt count as one); a call that finds so many raises
+            ``QueueFull``.
         **decoder_options: as for ``Decoder``, where ``decoder`` is a model.
 
     Attributes:
@@ -91,6 +92,9 @@ class AsyncDecoder:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_id: str | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Decode to the end: ``Decoder.generate`` without its progress bar. Cancelling it aborts its requests.
@@ -98,14 +102,17 @@ class AsyncDecoder:
         Args:
             request_id: what ``abort`` knows the call by; no other unfinished call may have it. Default: one is made up.
 
-        The others are those of ``Decoder.generate``.
+        The others are those of ``Decoder.generate``; a ``timeout`` counts from this call on.
 
         Raises:
             ValueError, TypeError, ImportError: bad input, as ``Decoder.generate`` raises.
             QueueFull: ``max_waiting`` requests wait already.
             DecoderClosed: it takes no more requests, or was closed before these were admitted.
         """
-        stream = self._start("generate()", prompts, params, request_id, attention_mask, options, streams=False)
+        stream = self._start(
+            "generate()", request_id, prompts, params, attention_mask, options,
+            priority=priority, timeout=timeout, cache_salt=cache_salt, streams=False,
+        )  # fmt: skip
         try:
             async for _ in stream:
                 pass
@@ -120,6 +127,9 @@ class AsyncDecoder:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         request_id: str | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> RequestStream:
         """Like ``generate``, but tokens and text as they come: ``async for event in decoder.stream(...)``.
@@ -127,22 +137,17 @@ class AsyncDecoder:
         The call itself, in a coroutine, queues the requests and raises ``QueueFull`` and ``DecoderClosed``; what is wrong with the input is
         raised by the first event, or by ``RequestStream.admitted``.
         """
-        return self._start("stream()", prompts, params, request_id, attention_mask, options, streams=True)
+        return self._start(
+            "stream()", request_id, prompts, params, attention_mask, options,
+            priority=priority, timeout=timeout, cache_salt=cache_salt, streams=True,
+        )  # fmt: skip
 
-    def _start(
-        self,
-        caller: str,
-        prompts: Prompts,
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        request_id: str | None,
-        attention_mask: Tensor | None,
-        options: dict[str, Any],
-        *,
-        streams: bool,
-    ) -> RequestStream:
+    def _start(self, caller: str, request_id: str | None, *args: Any, **terms: Any) -> RequestStream:
+        """Take up a call; the rest are the arguments of ``Decoder.prepare``."""
         if request_id is not None and not (isinstance(request_id, str) and request_id):
             raise TypeError(f"request_id is {request_id!r}; it must be a non-empty string, or None")
-        prepare = functools.partial(self.decoder.prepare, caller, prompts, params, attention_mask, options, streams=streams)
+        now = self.decoder.loop.scheduler.clock()
+        prepare = functools.partial(self.decoder.prepare, caller, *args, submitted_at=now, **terms)
         return RequestStream(self, self._worker.start(request_id, asyncio.get_running_loop(), prepare))
 
     def abort(self, request_id: str) -> bool:

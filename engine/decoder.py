@@ -50,6 +50,8 @@ class Decoder:
         cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
             of the free memory.
         block_size: tokens per cache block, a positive multiple of 16.
+        prefix_cache: keep computed blocks for requests that begin with the same tokens, until their memory is wanted (see
+            ``reset_prefix_cache``); results have the same bits. None: unless ``model`` is a live one, whose weights may change.
         draft: guesses tokens that the model then verifies several at a time, which changes no output and saves steps (speculative
             decoding): a smaller model of the same vocabulary (live, or a path; "bundled" for the one that comes with the package), a
             drafter (``DraftModel``, ``PromptLookup``, ``SuffixLookup``), or a list of them, of which the first that has a guess is taken.
@@ -76,6 +78,7 @@ class Decoder:
         prefill_chunk: int | None = None,
         cache_tokens: int | None = None,
         block_size: int = 16,
+        prefix_cache: bool | None = None,
         draft: Any = None,
     ) -> None:
         for name, value in (
@@ -87,6 +90,8 @@ class Decoder:
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
             raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
+        if prefix_cache is not None and not isinstance(prefix_cache, bool):
+            raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
         self.ops = kernels_module.select("cpu", kernels)
         loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights)
         self.model = loaded.model
@@ -107,6 +112,7 @@ class Decoder:
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
+            prefix_cache=not isinstance(model, torch.nn.Module) if prefix_cache is None else prefix_cache,
         )
         speculator = None
         if draft is not None:
@@ -209,6 +215,10 @@ class Decoder:
     def abort(self, submission: Submission) -> None:
         """End a submission with the tokens it has: its unfinished outputs have ``finish_reason`` "abort"; its blocks are free at once."""
         self.loop.abort(submission.requests)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all computed blocks, as after a change of the model's weights; running requests are computed anew from their tokens."""
+        self.loop.reset_prefix_cache()
 
     def generate_super(
         self,

@@ -52,20 +52,28 @@ class StepLoop:
 
     def enqueue(self, requests: list[Request]) -> None:
         """Queue requests; samples of one prompt go together, the first with the others as followers, in groups that fit a batch."""
-        leader: Request | None = None
+        leaders: list[Request] = []
         for request in requests:
-            same_prompt = leader is not None and request.prompt_index == leader.prompt_index
-            if leader is not None and same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
+            leader = leaders[-1] if leaders else request
+            same_prompt = leader is not request and request.prompt_index == leader.prompt_index
+            if same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
                 leader.followers.append(request)
             else:
-                leader = request
-                self.scheduler.add(leader)
+                leaders.append(request)
+        for leader in leaders:
+            self.scheduler.add(leader)
 
     def abort(self, requests: list[Request]) -> None:
         """End those that have not finished, with what they have."""
         for request in requests:
             if not request.finished:
                 self._finish(request, "abort")
+
+    def reset_prefix_cache(self) -> None:
+        """See ``Decoder.reset_prefix_cache``."""
+        if self._stepping:
+            raise RuntimeError("this decoder is in the middle of a step; its prefix cache can be reset between two")
+        self.scheduler.reset_prefix_cache()
 
     def step(self) -> None:
         """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""

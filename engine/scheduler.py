@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .blocks import BlockPool, Write
+from .blocks import BlockPool, BlockTable, Key, Write
 from .drafters.draft import Draft
 from .request import Beam, Request, TokenSequence
 
@@ -88,6 +88,7 @@ class Scheduler:
         max_batch_size: most sequences running at once.
         max_batch_tokens: most query tokens in one step (at least ``max_batch_size``, so that every running sequence can advance).
         prefill_chunk: most query tokens of one sequence in one step.
+        prefix_cache: whether requests begin with the cached blocks that their tokens begin with.
         clock: seconds, for timeouts and times of requests.
     """
 
@@ -98,6 +99,7 @@ class Scheduler:
         max_batch_size: int,
         max_batch_tokens: int,
         prefill_chunk: int,
+        prefix_cache: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
@@ -109,10 +111,14 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.prefill_chunk = prefill_chunk
+        self.prefix_cache = prefix_cache
         self.clock = clock
         self.waiting: list[Request] = []  # both in the order of requests
         self.running: list[Request] = []
         self._num_added = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of all requests scheduled so far; of these were cached:
+        self.num_cached_tokens = 0
         self._timed: dict[Request, float] = {}  # deadlines
         self._earliest = math.inf  # none of them is before
         self.on_preemption: Callable[[Request], None] | None = None  # told of each request that is preempted
@@ -171,19 +177,74 @@ class Scheduler:
                 break  # request was the last and has been preempted itself; nobody is behind it
             budget -= self._schedule(plan, request, shares, writes)
             position += 1
+        coming: set[Key] = set()
+        if self.waiting and self.prefix_cache:
+            coming = {key for request in self.running for key in self._coming(request)}
         while self.waiting:
             request = self.waiting[0]
             if budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
                 break
+            cached = self._cached(request)
             # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
-            if self._blocks_wanted(request) > self.pool.num_free:
+            if self._blocks_wanted(request) - self.pool.num_held(cached) > self.pool.num_free:
                 break
+            if coming and self._next_key(request, cached) in coming:
+                break  # somebody computes what it begins with: it waits to share that
             bisect.insort(self.running, self.waiting.pop(0), key=_order)
+            self._begin(request, cached)
+            coming.update(self._coming(request))
             shares = self._shares(request, budget)
             budget -= self._schedule(plan, request, shares, self._writes(shares))
         self._place_drafts(plan, budget)
         plan.add_rows()
         return plan
+
+    def _most_cached(self, request: Request) -> int:
+        """How many cached blocks its first sequence may begin with: something is always left to compute."""
+        return ((request.shared or len(request.sequences[0].tokens)) - 1) // self.pool.block_size if self.prefix_cache else 0
+
+    def _cached(self, request: Request) -> BlockTable:
+        """The cached blocks that a waiting request begins with."""
+        return self.pool.match(request.sequences[0].tokens, self._most_cached(request), request.cache_salt)
+
+    def _next_key(self, request: Request, cached: BlockTable) -> Key | None:
+        """The key of the first block that a waiting request could share and cannot yet."""
+        place = len(cached)
+        if place == self._most_cached(request):
+            return None
+        return self.pool.key(cached, request.sequences[0].tokens, place, request.cache_salt)
+
+    def _coming(self, request: Request) -> list[Key]:
+        """Of each sequence the key of the block that it fills next, if it has the tokens for that already."""
+        keys = []
+        for sequence in request.sequences:
+            place = sequence.num_computed // self.pool.block_size
+            if (place + 1) * self.pool.block_size <= len(sequence.tokens) and len(sequence.block_table) >= place:
+                keys.append(self.pool.key(sequence.block_table, sequence.tokens, place, request.cache_salt))
+        return keys
+
+    def _begin(self, request: Request, cached: BlockTable) -> None:
+        """A request runs now, and has these blocks already."""
+        first = request.sequences[0]
+        if cached:
+            first.block_table = self.pool.share(cached)
+            first.num_computed = len(cached) * self.pool.block_size
+        if request.scheduled_at is None:
+            now = self.clock()
+            for one in (request, *request.followers):
+                one.scheduled_at, one.num_cached_tokens = now, first.num_computed
+            self.num_prompt_tokens += len(request.prompt)
+            self.num_cached_tokens += first.num_computed
+
+    def _remember(self, request: Request, sequence: TokenSequence, start: int) -> None:
+        """Keep the blocks that a sequence has filled since it had ``start`` tokens in the cache."""
+        if self.prefix_cache and sequence.num_computed // self.pool.block_size > start // self.pool.block_size:
+            self.pool.cache(sequence.block_table, sequence.tokens, start, sequence.num_computed, request.cache_salt)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is cached, also of running requests, which are computed anew."""
+        self.preempt_running()
+        self.pool.forget()
 
     def _place_drafts(self, plan: StepPlan, budget: int) -> None:
         """Give drafts what is left of budget and pool, the oldest request first: they never cost anybody else a token or a block."""
@@ -248,9 +309,6 @@ class Scheduler:
         """Add to the plan; returns how many tokens."""
         for write in writes:
             plan.copies += self.pool.prepare(*write)
-        if request.scheduled_at is None:
-            for one in (request, *request.followers):
-                one.scheduled_at = self.clock()
         total = 0
         for sequence, n in shares:
             assert n >= 1, "a request is scheduled without a token to compute"
@@ -274,6 +332,7 @@ class Scheduler:
             self.pool.release(sequence.block_table)
         request.restart()
         request.num_preemptions += 1
+        self.num_preemptions += 1
         if self.on_preemption is not None:
             self.on_preemption(request)
         bisect.insort(self.waiting, request, key=_order)
@@ -284,6 +343,7 @@ class Scheduler:
         for scheduled in plan.sequences:
             request, sequence = scheduled.request, scheduled.sequence
             sequence.num_computed = scheduled.end
+            self._remember(request, sequence, scheduled.start)
             if sequence.num_computed == request.shared:
                 for beam in request.beams[1:]:
                     beam.block_table = self.pool.fork(sequence.block_table)
@@ -302,7 +362,9 @@ class Scheduler:
 
     def accept(self, request: Request, num_tokens: int) -> None:
         """Of a request's draft so many tokens hold, and are in the cache right after its others; the blocks of the rest are free."""
+        start = request.num_computed
         request.num_computed += num_tokens
+        self._remember(request, request, start)
         self.pool.truncate(request.block_table, request.num_computed)
 
     def preempt_running(self) -> int:
@@ -348,3 +410,6 @@ class Scheduler:
             assert len({len(s.tokens) for s in r.sequences}) == 1, "beams of one request are not equally long"
             assert not r.searches or not r.block_table, "a beam search holds blocks besides its beams'"
         self.pool.check(s.block_table for s in running)
+        for r in self.running if self.prefix_cache else ():
+            for s in r.sequences:
+                self.pool.check_cached(s.block_table, s.tokens, s.num_computed, r.cache_salt)
