@@ -19,7 +19,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from .. import __version__
 from ..async_decoder import DecoderClosed, QueueFull, RequestStream
 from ..outputs import RequestOutput, StreamEvent
 from .convert import bad_request, check_limits, to_params
@@ -28,7 +27,7 @@ from .gate import Gate, Record
 from .replies import ChatReply, CompletionReply, Reply
 from .schema import ChatCall, CompletionCall, DetokenizeCall, ErrorReply, TokenizeCall
 from .settings import Settings
-from .state import ServerState
+from .state import VERSION, ServerState
 from .stream import DONE, EventStream, sse, while_connected
 
 PAGE = Path(__file__).parent / "page.html"
@@ -37,7 +36,7 @@ PAGE = Path(__file__).parent / "page.html"
 def create_app(settings: Settings) -> FastAPI:
     """A server without a model: ``app.state.server.serve(decoder)`` gives it one."""
     app = FastAPI(
-        title="decoding-engine", version=__version__, docs_url=None, redoc_url=None,
+        title="decoding-engine", version=VERSION, docs_url=None, redoc_url=None,
         responses={"default": {"model": ErrorReply, "description": "What is wrong, in one sentence."}},
     )  # fmt: skip
     state = app.state.server = ServerState(settings)
@@ -170,8 +169,7 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
     record: Record = request.scope["state"]["record"]
     served, settings = state.served, state.settings
     state.check_model(call.model)
-    single = isinstance(call, ChatCall) or isinstance(call.prompt, str) or isinstance(call.prompt[0], int)
-    check_limits(call, 1 if single else len(call.prompt), settings)
+    check_limits(call, settings)
     params = to_params(call)
     ids, texts = await while_connected(request.receive, _in_thread(state, state.prompts_of, call))
     request_id = f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{uuid.uuid4().hex}"
@@ -187,8 +185,8 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
             outputs = await while_connected(request.receive, served.decoder.generate(ids, **options))
             _note(state, record, outputs)
             for output in outputs:
-                if error := failure(output):
-                    raise error
+                if failed := failure(output):
+                    raise failed
             return json_response(reply.whole(outputs))
         events = served.decoder.stream(ids, **options)
         # Its first event is waited for, so that what fails before it has an HTTP status.
@@ -202,10 +200,10 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
         raise ApiError(503, str(error)) from None
     except (ValueError, TypeError, ImportError) as error:
         raise bad_request(error, call) from None
-    if first.output is not None and (error := failure(first.output)):
+    if first.output is not None and (failed := failure(first.output)):
         events.abandon()
         _note(state, record, [first.output])
-        raise error
+        raise failed
     return EventStream(_chunks(state, record, reply, events, first), events)
 
 
@@ -226,9 +224,9 @@ async def _chunks(
             else:
                 chunks = reply.first_chunks(event)
             begun[choice] = now
-            if event.output is not None and (error := failure(event.output)):
-                record.details["error"] = error.message
-                yield sse(error.body) + DONE
+            if event.output is not None and (failed := failure(event.output)):
+                record.details["error"] = failed.message
+                yield sse(failed.body) + DONE
                 return
             chunks += reply.chunks(event)
             if chunks:

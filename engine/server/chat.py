@@ -89,7 +89,12 @@ def load_template(folder: Path | None, source: str | None = None) -> ChatTemplat
             source = next((one.get("template") for one in source if one.get("name") == "default"), None)
     if source is None:
         return None
-    special = {name: token.get("content") if isinstance(token, dict) else token for name in _SPECIAL if (token := config.get(name))}
+    special = {}
+    for name in _SPECIAL:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            special[name] = token
     return ChatTemplate(source, special)
 
 

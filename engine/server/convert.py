@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..params import BeamParams, SamplingParams
@@ -39,15 +40,21 @@ def bad_request(error: Exception, call: Decoding) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def check_limits(call: Decoding, num_prompts: int, settings: Settings) -> None:
+def split_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """The prompts of a completion, which may be a single one."""
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return [prompt] if single else prompt  # type: ignore[list-item, return-value]
+
+
+def check_limits(call: Decoding, settings: Settings) -> None:
     """Refuse what is more than this server takes in one call."""
 
     def at_most(param: str, value: int, limit: int, what: str = "") -> None:
         if value > limit:
             raise ApiError(400, f"{param} {what or 'is'} {value}; this server takes at most {limit}", param=param)
 
-    prompt = "messages" if isinstance(call, ChatCall) else "prompt"
-    at_most(prompt, num_prompts, settings.max_prompts, "holds so many prompts:")
+    num_prompts = len(split_prompt(call.prompt)) if isinstance(call, CompletionCall) else 1
+    at_most("prompt", num_prompts, settings.max_prompts, "holds so many prompts:")
     many = max(call.n, call.num_beams, getattr(call, "best_of", None) or 0)
     if num_prompts * many > settings.max_sequences:
         name = "num_beams" if many == call.num_beams else "n" if many == call.n else "best_of"
@@ -65,7 +72,8 @@ def check_limits(call: Decoding, num_prompts: int, settings: Settings) -> None:
 
 def to_params(call: CompletionCall | ChatCall) -> SamplingParams:
     """The options of a call; raises ``ApiError`` for what cannot be."""
-    best_of = None
+    best_of: int | None = None
+    max_tokens: int | None
     if isinstance(call, CompletionCall):
         max_tokens = COMPLETION_TOKENS if call.max_tokens is None else call.max_tokens
         # The engine reports the drawn token's own log-probability always, alternatives from one on.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..async_decoder import AsyncDecoder
 from ..tokenizer import Tokenizer
 from .chat import ChatError, ChatTemplate, load_template
+from .convert import split_prompt
 from .errors import ApiError, shutting_down
 from .metrics import Metrics
 from .schema import ChatCall, CompletionCall, Message, TokenizeCall
@@ -21,6 +21,9 @@ from .token_text import TokenText
 
 if TYPE_CHECKING:
     from ..stats import Stats
+
+
+VERSION = importlib.metadata.version("decoding-engine")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class ServerState:
             raise ValueError(f"the model {decoder.decoder.name} has no tokenizer, which a server needs: give it one (--tokenizer PATH)")
         template = load_template(tokenizer.folder, self.settings.chat_template)
         config = decoder.decoder.config
-        known = f"{__version__} {decoder.decoder.name} {config} {decoder.decoder.model.bytes_per_step}"
+        known = f"{VERSION} {decoder.decoder.name} {config} {decoder.decoder.model.bytes_per_step}"
         fingerprint = f"fp_{hashlib.sha256(known.encode()).hexdigest()[:10]}"
         self._served = Served(decoder, tokenizer, template, TokenText(tokenizer), fingerprint)
 
@@ -101,8 +104,7 @@ class ServerState:
         return self._limited([served.tokenizer.encode_piece(text)], "messages"), []
 
     def _completion_prompts(self, call: CompletionCall, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
-        prompt = call.prompt
-        given: Sequence[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+        given = split_prompt(call.prompt)
         ids = self._limited([tokenizer.encode(one) if isinstance(one, str) else one for one in given], "prompt")
         texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given] if call.echo else []
         return ids, texts
