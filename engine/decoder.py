@@ -25,6 +25,7 @@ from .prompts import Prompts, to_token_lists
 from .request import Submission
 from .runner import Runner
 from .scheduler import Scheduler
+from .stats import Stats
 from .tokenizer import Tokenizer
 
 
@@ -215,6 +216,10 @@ class Decoder:
     def abort(self, submission: Submission) -> None:
         """End a submission with the tokens it has: its unfinished outputs have ``finish_reason`` "abort"; its blocks are free at once."""
         self.loop.abort(submission.requests)
+
+    def stats(self) -> Stats:
+        """What is running and waiting now, and what has been counted since the decoder was made. Any thread may ask at any time."""
+        return self.loop.stats()
 
     def reset_prefix_cache(self) -> None:
         """Forget all computed blocks, as after a change of the model's weights; running requests are computed anew from their tokens."""

@@ -127,6 +127,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, followers of those that run or wait included."""
+        return sum(1 + len(request.followers) for request in tuple(self.waiting)) + sum(len(r.followers) for r in tuple(self.running))
+
     def admissible(self, num_prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> str | None:
         """None if such a request can ever run here, else one sentence saying why not."""
         if num_beams > self.max_batch_size:
@@ -161,9 +166,12 @@ class Scheduler:
         self._earliest = min((deadline for deadline in self._timed.values() if deadline > now), default=math.inf)
         return [request for request, deadline in self._timed.items() if deadline <= now]
 
-    def plan(self) -> StepPlan:
+    def plan(self, prompt_tokens: int | None = None) -> StepPlan:
+        """The next step, with at most ``prompt_tokens`` tokens of sequences that lack more than their last one, if any other decodes."""
         plan = StepPlan()
         budget = self.max_batch_tokens
+        if prompt_tokens is None or not any(request.decodes for request in self.running):
+            prompt_tokens = budget
         seen, owed = 0, 0  # of the running; one token of the budget to each sequence that is yet to get its share
         position = 0
         while position < len(self.running):
@@ -171,17 +179,25 @@ class Scheduler:
             if seen != len(self.running):  # at first, and after a preemption
                 seen, owed = len(self.running), sum(behind.num_sequences for behind in self.running[position:])
             owed -= request.num_sequences
-            shares = self._shares(request, budget - owed)
+            limit = budget - owed if request.decodes else min(budget - owed, prompt_tokens)
+            if not limit:
+                position += 1
+                continue  # its turn comes when the prompts before it are done
+            shares = self._shares(request, limit)
             writes = self._writes(shares)
             if writes and not self._make_room(request, writes):
                 break  # request was the last and has been preempted itself; nobody is behind it
-            budget -= self._schedule(plan, request, shares, writes)
+            num_tokens = self._schedule(plan, request, shares, writes)
+            budget -= num_tokens
+            prompt_tokens -= 0 if request.decodes else num_tokens
             position += 1
         coming: set[Key] = set()
         if self.waiting and self.prefix_cache:
             coming = {key for request in self.running for key in self._coming(request)}
         while self.waiting:
             request = self.waiting[0]
+            if not prompt_tokens:
+                break
             if budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
                 break
             cached = self._cached(request)
@@ -193,8 +209,10 @@ class Scheduler:
             bisect.insort(self.running, self.waiting.pop(0), key=_order)
             self._begin(request, cached)
             coming.update(self._coming(request))
-            shares = self._shares(request, budget)
-            budget -= self._schedule(plan, request, shares, self._writes(shares))
+            shares = self._shares(request, budget if request.decodes else min(budget, prompt_tokens))
+            num_tokens = self._schedule(plan, request, shares, self._writes(shares))
+            budget -= num_tokens
+            prompt_tokens -= 0 if request.decodes else num_tokens
         self._place_drafts(plan, budget)
         plan.add_rows()
         return plan
