@@ -84,7 +84,7 @@ class ServerState:
         return self._served
 
     def stats(self) -> Stats | None:
-        return None if self._served is None or not hasattr(self._served.decoder, "stats") else self._served.decoder.stats()  # TODO
+        return None if self._served is None else self._served.decoder.decoder.stats()
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.model:
