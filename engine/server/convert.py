@@ -121,8 +121,6 @@ def to_params(call: CompletionCall | ChatCall) -> SamplingParams:
     try:
         if call.num_beams == 1:
             return SamplingParams(**options)
-        if call.num_beams > 1 and getattr(call, "logprobs", None):
-            raise ValueError(f"logprobs is {call.logprobs}; it cannot be used with num_beams above 1")
         beams = {name: getattr(call, name) for name in ("num_beams", "length_penalty", "early_stopping")}
         return BeamParams(**options, **beams)
     except (ValueError, TypeError) as error:
