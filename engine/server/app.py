@@ -36,7 +36,7 @@ PAGE = Path(__file__).parent / "page.html"
 def create_app(settings: Settings) -> FastAPI:
     """A server without a model: ``app.state.server.serve(decoder)`` gives it one."""
     app = FastAPI(
-        title="decoding-engine", version=VERSION, docs_url=None, redoc_url=None,
+        title="decoding-engine", version=VERSION, redirect_slashes=False, docs_url=None, redoc_url=None,
         responses={"default": {"model": ErrorReply, "description": "What is wrong, in one sentence."}},
     )  # fmt: skip
     state = app.state.server = ServerState(settings)

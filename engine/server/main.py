@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -56,10 +57,6 @@ class Connection(H11Protocol):
 
     def _await_head(self) -> None:
         self.timer = self.loop.call_later(self._settings.head_timeout, self.transport.abort)
-
-    def on_response_complete(self) -> None:
-        self._stop_timers("timer")
-        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -120,7 +117,8 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     """How the app is to be run, whoever runs it."""
     return uvicorn.Config(
         app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=FLUSH_SECONDS, h11_max_incomplete_event_size=32 * 1024,
+        timeout_keep_alive=math.ceil(app.state.server.settings.head_timeout), timeout_graceful_shutdown=FLUSH_SECONDS,
+        h11_max_incomplete_event_size=32 * 1024,
     )  # fmt: skip
 
 

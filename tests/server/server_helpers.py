@@ -20,7 +20,9 @@ from engine.server.settings import Settings
 from engine.server.state import ServerState
 
 SECONDS = 60  # what "hangs" means here: a busy machine takes seconds
-TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{{ lead | default('') }}{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{{ lead | default('') }}{% endif %}"
+)
 
 
 class Running:
