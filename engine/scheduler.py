@@ -167,11 +167,11 @@ class Scheduler:
         return [request for request, deadline in self._timed.items() if deadline <= now]
 
     def plan(self, prompt_tokens: int | None = None) -> StepPlan:
-        """The next step, with at most ``prompt_tokens`` tokens of sequences that lack more than their last one, if any other decodes."""
+        """The next step. If it decodes any request whose tokens are streamed, it has at most ``prompt_tokens`` tokens of those that lack
+        more than their last one."""
         plan = StepPlan()
         budget = self.max_batch_tokens
-        if prompt_tokens is None or not any(request.decodes for request in self.running):
-            prompt_tokens = budget
+        room = None  # for tokens of prompts; looked at when there are any
         seen, owed = 0, 0  # of the running; one token of the budget to each sequence that is yet to get its share
         position = 0
         while position < len(self.running):
@@ -179,43 +179,60 @@ class Scheduler:
             if seen != len(self.running):  # at first, and after a preemption
                 seen, owed = len(self.running), sum(behind.num_sequences for behind in self.running[position:])
             owed -= request.num_sequences
-            limit = budget - owed if request.decodes else min(budget - owed, prompt_tokens)
-            if not limit:
-                position += 1
-                continue  # its turn comes when the prompts before it are done
+            limit = budget - owed
+            decodes = request.decodes
+            if not decodes:
+                if room is None:
+                    room = self._prompt_room(prompt_tokens)
+                limit = min(limit, room)
+                if not limit:
+                    position += 1
+                    continue  # its turn comes when the prompts before it are done
             shares = self._shares(request, limit)
             writes = self._writes(shares)
             if writes and not self._make_room(request, writes):
                 break  # request was the last and has been preempted itself; nobody is behind it
             num_tokens = self._schedule(plan, request, shares, writes)
             budget -= num_tokens
-            prompt_tokens -= 0 if request.decodes else num_tokens
+            if room is not None and not decodes:
+                room -= num_tokens
             position += 1
-        coming: set[Key] = set()
-        if self.waiting and self.prefix_cache:
-            coming = {key for request in self.running for key in self._coming(request)}
+        if self.waiting:
+            budget = self._admit(plan, budget, self._prompt_room(prompt_tokens) if room is None else room)
+        self._place_drafts(plan, budget)
+        plan.add_rows()
+        return plan
+
+    def _prompt_room(self, prompt_tokens: int | None) -> int:
+        """How many tokens of prompts a step may have: all that fit, unless somebody waits for their next token."""
+        if prompt_tokens is None or not any(request.streams and request.decodes for request in self.running):
+            return self.max_batch_tokens
+        return prompt_tokens
+
+    def _admit(self, plan: StepPlan, budget: int, room: int) -> int:
+        """Let those who wait begin, in their order, as far as seats, blocks and the step's tokens suffice, ``room`` of these for prompts;
+        returns what is left of the budget."""
+        coming: set[Key] | None = None
         while self.waiting:
             request = self.waiting[0]
-            if not prompt_tokens:
-                break
-            if budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
+            if not room or budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
                 break
             cached = self._cached(request)
             # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
             if self._blocks_wanted(request) - self.pool.num_held(cached) > self.pool.num_free:
                 break
-            if coming and self._next_key(request, cached) in coming:
-                break  # somebody computes what it begins with: it waits to share that
+            if coming is None:
+                coming = {key for one in self.running for key in self._coming(one)}
+            if self._next_key(request, cached) in coming:
+                break  # somebody is about to compute what it begins with: it waits to share that
             bisect.insort(self.running, self.waiting.pop(0), key=_order)
             self._begin(request, cached)
             coming.update(self._coming(request))
-            shares = self._shares(request, budget if request.decodes else min(budget, prompt_tokens))
+            shares = self._shares(request, budget if request.decodes else min(budget, room))
             num_tokens = self._schedule(plan, request, shares, self._writes(shares))
             budget -= num_tokens
-            prompt_tokens -= 0 if request.decodes else num_tokens
-        self._place_drafts(plan, budget)
-        plan.add_rows()
-        return plan
+            room -= 0 if request.decodes else num_tokens
+        return budget
 
     def _most_cached(self, request: Request) -> int:
         """How many cached blocks its first sequence may begin with: something is always left to compute."""
@@ -234,8 +251,8 @@ class Scheduler:
 
     def _coming(self, request: Request) -> list[Key]:
         """Of each sequence the key of the block that it fills next, if it has the tokens for that already."""
-        keys = []
-        for sequence in request.sequences:
+        keys: list[Key] = []
+        for sequence in request.sequences if self.prefix_cache else ():
             place = sequence.num_computed // self.pool.block_size
             if (place + 1) * self.pool.block_size <= len(sequence.tokens) and len(sequence.block_table) >= place:
                 keys.append(self.pool.key(sequence.block_table, sequence.tokens, place, request.cache_salt))

@@ -170,7 +170,7 @@ def test_a_loop_that_stops_fails_everybody(llama, monkeypatch: pytest.MonkeyPatc
     decoder = AsyncDecoder(llama, cache_tokens=512, max_batch_size=2)
     scheduler, gate = decoder.decoder.loop.scheduler, Gate()
 
-    def failing_plan():
+    def failing_plan(*_):
         raise error
 
     said = f"the decoding loop has stopped: {type(error).__name__}: {error}"
@@ -212,14 +212,14 @@ def test_closed_event_loops_hold_nothing(served: Make) -> None:
     loop = asyncio.new_event_loop()
 
     async def begin():
-        stream = decoder.stream([1], max_new_tokens=250, ignore_eos=True, logits_processor=gate)
+        read_in_vain = decoder.stream([1], max_new_tokens=250, ignore_eos=True, logits_processor=gate)
         unread = decoder.stream([1], max_new_tokens=10, ignore_eos=True)
-        return unread, asyncio.create_task(read(stream))
+        return read_in_vain, unread, asyncio.create_task(read(read_in_vain))
 
-    unread, task = loop.run_until_complete(begin())
+    read_in_vain, unread, task = loop.run_until_complete(begin())
     loop.run_until_complete(gate.until_reached())
     task._log_destroy_pending = False  # type: ignore[attr-defined]
-    loop.close()  # with a reader that still waits, and one that never did
+    loop.close()
     gate.open()
 
     async def others() -> None:
@@ -227,7 +227,7 @@ def test_closed_event_loops_hold_nothing(served: Make) -> None:
         await until_idle(decoder)
 
     run(others())
-    del unread, task
+    assert read_in_vain.outputs[0].finish_reason == "abort" and unread.outputs[0].finish_reason == "length"
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:
