@@ -8,9 +8,10 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import h11
@@ -128,13 +129,24 @@ def serve(arguments: argparse.Namespace, settings: Settings, load: Callable[[], 
     handler.setFormatter(LogLines(arguments.log_format))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
-    with _listen(arguments.host, arguments.port) as listener:
+    with _listen(arguments.host, arguments.port) as listener, _left_by_signals():
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"listening on http://{shown}:{port}", flush=True)
         if not settings.api_keys and host not in ("127.0.0.1", "::1"):
             logger.warning("other machines can reach this server and no API key is asked for; see --api-key")
         return asyncio.run(_Process(settings, arguments, load).run(listener))
+
+
+@contextlib.contextmanager
+def _left_by_signals() -> Iterator[None]:
+    """Before uvicorn listens to signals, and when it does no more, nothing is left to wait for."""
+    before = {sig: signal.signal(sig, lambda *_: _leave(0)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -202,5 +214,4 @@ class _Process:
 def _leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-
     os._exit(status)

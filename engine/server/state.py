@@ -85,7 +85,7 @@ class ServerState:
         return self._served
 
     def stats(self) -> Stats | None:
-        return None if self._served is None else self._served.decoder.decoder.stats()
+        return None if self._served is None else self._served.decoder.stats()
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.model:
