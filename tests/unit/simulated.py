@@ -45,12 +45,13 @@ class Simulation:
 
     Args:
         seed: of the choices of beams, drafts and their sizes.
+        drafts: how often a request that could have a draft has one.
         options: of the scheduler.
     """
 
-    def __init__(self, num_blocks: int, seed: int = 0, **options) -> None:
+    def __init__(self, num_blocks: int, seed: int = 0, drafts: float = 0.0, **options) -> None:
         defaults = {"max_batch_size": 4, "max_batch_tokens": 64, "prefill_chunk": 64, "prefix_cache": True}
-        self.now = 0.0
+        self.now, self.drafts = 0.0, drafts
         self.scheduler = Scheduler(BlockPool(num_blocks, 16), clock=lambda: self.now, **{**defaults, **options})
         self.memory: list[list[int | None]] = [[None] * 16 for _ in range(num_blocks)]
         self.rng = random.Random(seed)
@@ -138,7 +139,7 @@ class Simulation:
         for request in self.scheduler.running:
             request.draft = None
             most = request.max_new_tokens - request.num_new_tokens - 1
-            if not request.searches and not request.followers and request.num_missing == 1 and most > 0 and self.rng.random() < 0.5:
+            if not request.searches and not request.followers and request.num_missing == 1 and most > 0 and self.rng.random() < self.drafts:
                 right = alone(request.tokens, self.rng.randint(1, min(most, 20)), request.stream, request.cache_salt)
                 if self.rng.random() < 0.5:
                     right[self.rng.randrange(len(right))] += 1  # wrong from there on

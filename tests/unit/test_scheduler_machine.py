@@ -31,7 +31,7 @@ class Machine(RuleBasedStateMachine):
     )
     def begin(self, seed: int, sizes: dict[str, int], on: bool) -> None:
         self.rng = random.Random(seed)
-        self.sim = Simulation(seed=seed, prefix_cache=on, **sizes)
+        self.sim = Simulation(seed=seed, drafts=0.5, prefix_cache=on, **sizes)
 
     @rule()
     def submit(self) -> None:
@@ -115,7 +115,7 @@ def act(sim: Simulation, rng: random.Random) -> None:
 
 def simulate(seed: int, actions: int) -> Simulation:
     rng = random.Random(seed)
-    sim = Simulation(seed=seed, prefix_cache=rng.random() < 0.9, **{name: rng.choice(sizes) for name, sizes in SIZES.items()})
+    sim = Simulation(seed=seed, drafts=0.5, prefix_cache=rng.random() < 0.9, **{name: rng.choice(sizes) for name, sizes in SIZES.items()})
     for _ in range(actions):
         act(sim, rng)
     sim.drain()
