@@ -38,7 +38,7 @@ class Process:
         self.http = httpx.Client(base_url=match[1], timeout=SECONDS)
 
     def until_ready(self) -> None:
-        until(lambda: self.http.get("/ready").status_code == 200)
+        until(lambda: self.http.get("/ready").status_code == 200, pause=0.1)
 
     def end(self, sent: int = signal.SIGTERM) -> tuple[int, list[dict]]:
         """Its status and its log."""
@@ -88,9 +88,9 @@ def test_told_to_leave_under_load_it_lets_requests_end(tmp_path: Path) -> None:
         threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(4)]
         for thread in threads:
             thread.start()
-        until(lambda: one.http.get("/stats").json()["decoder"]["num_running"] == 16)
+        until(lambda: one.http.get("/stats").json()["decoder"]["num_running"] == 16, pause=0.01)
         one.process.send_signal(signal.SIGTERM)
-        until(lambda: one.http.get("/ready").status_code == 503)
+        until(lambda: one.http.get("/ready").status_code == 503, pause=0.01)
         late = one.http.post("/v1/completions", json={"prompt": "x"})
         assert late.status_code == 503 and late.json()["error"]["code"] == "shutting_down" and "retry-after" in late.headers
         for thread in threads:
