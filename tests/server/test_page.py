@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no browser: ch
 def browser() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for one in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1180,980"):
+    for one in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1180,1120"):
         options.add_argument(one)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -164,9 +166,6 @@ def test_nothing_from_elsewhere(server: Running) -> None:
 
 @pytest.mark.skipif("ENGINE_SCREENSHOT" not in os.environ, reason="ENGINE_SCREENSHOT is not set: no picture was asked for")
 def test_a_picture_for_the_docs(browser: Any) -> None:
-    import threading
-    import time
-
     with running(decoder_options={"draft": "bundled", "cache_tokens": 16384}) as server, server.slow_steps(0.004):
         page = Page(browser, server)
         stop = threading.Event()
@@ -182,10 +181,10 @@ def test_a_picture_for_the_docs(browser: Any) -> None:
         threads = [threading.Thread(target=load, args=(i,)) for i in range(7)]
         for thread in threads:
             thread.start()
-        time.sleep(35)
+        time.sleep(20)
         page.fill(max_tokens=150, temperature=0.4, top_k=40, top_p=0.95, seed=7)
         page["run"].click()
-        time.sleep(2)
+        page.until(lambda: re.match(r"[6-9]\d pieces", page["run-state"].text))
         browser.save_screenshot(os.environ["ENGINE_SCREENSHOT"])
         stop.set()
         page.until_run()
