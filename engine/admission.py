@@ -13,12 +13,14 @@ from .decode.controls import Controls
 from .decode.grammar import Grammars, Matcher
 from .decode.stop import TextState
 from .models.config import ModelConfig
+from .option_checks import check_int, check_number, check_text
 from .params import BeamParams, SamplingParams, child_seed
 from .request import Request
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
+_MOST_PRIORITY = 1_000_000
 
 
 def build_requests(
@@ -139,6 +141,20 @@ def _requests_of_prompt(
         )
         for index in range(params.num_return_sequences if num_beams == 1 else 1)
     ]
+
+
+def check_terms(priority: Any, timeout: Any, cache_salt: Any) -> None:
+    """Raise ``ValueError`` or ``TypeError`` for terms on which no call can be served (see ``Decoder.generate``)."""
+    check_int("priority", priority, -_MOST_PRIORITY, _MOST_PRIORITY)
+    if timeout is not None:
+        allowed = "a number of seconds above 0, or None"
+        check_number("timeout", timeout, allowed)
+        if not timeout > 0:
+            raise ValueError(f"timeout is {timeout}; it must be {allowed}")
+    if cache_salt is not None:
+        if not isinstance(cache_salt, str):
+            raise TypeError(f"cache_salt is a {type(cache_salt).__name__}; it must be a string or None")
+        check_text("cache_salt", cache_salt)
 
 
 def _speculation(params: SamplingParams) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels as kernels_module
-from .admission import DEFAULT_NEW_TOKENS, build_requests
+from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
 from .decode.grammar import Grammars
 from .drafters.speculator import Speculator, make_drafters
@@ -25,6 +25,7 @@ from .prompts import Prompts, to_token_lists
 from .request import Submission
 from .runner import Runner
 from .scheduler import Scheduler
+from .stats import Stats
 from .tokenizer import Tokenizer
 
 
@@ -50,6 +51,8 @@ class Decoder:
         cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
             of the free memory.
         block_size: tokens per cache block, a positive multiple of 16.
+        prefix_cache: keep computed blocks for requests that begin with the same tokens, until their memory is wanted (see
+            ``reset_prefix_cache``); results have the same bits. None: unless ``model`` is a live one, whose weights may change.
         draft: guesses tokens that the model then verifies several at a time, which changes no output and saves steps (speculative
             decoding): a smaller model of the same vocabulary (live, or a path; "bundled" for the one that comes with the package), a
             drafter (``DraftModel``, ``PromptLookup``, ``SuffixLookup``), or a list of them, of which the first that has a guess is taken.
@@ -76,6 +79,7 @@ class Decoder:
         prefill_chunk: int | None = None,
         cache_tokens: int | None = None,
         block_size: int = 16,
+        prefix_cache: bool | None = None,
         draft: Any = None,
     ) -> None:
         for name, value in (
@@ -87,6 +91,8 @@ class Decoder:
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
             raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
+        if prefix_cache is not None and not isinstance(prefix_cache, bool):
+            raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
         self.ops = kernels_module.select("cpu", kernels)
         loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights)
         self.model = loaded.model
@@ -107,6 +113,7 @@ class Decoder:
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=max_batch_tokens if prefill_chunk is None else prefill_chunk,
+            prefix_cache=not isinstance(model, torch.nn.Module) if prefix_cache is None else prefix_cache,
         )
         speculator = None
         if draft is not None:
@@ -124,6 +131,9 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Decode to the end.
@@ -132,6 +142,9 @@ class Decoder:
             prompts: a string, a list of strings, token ids, lists of them, or an integer tensor ``[B, T]``. Lengths may differ.
             params: one ``SamplingParams`` for all prompts or a list with one each.
             attention_mask: ``[B, T]`` beside a tensor of prompts; 0 marks padding.
+            priority: lower ones first; each step up counts as a minute of coming later (``scheduler.PRIORITY_SECONDS``), so nobody starves.
+            timeout: seconds, from this call on, after which what is unfinished ends with ``finish_reason`` "abort" and an ``error``.
+            cache_salt: a string; cached blocks of the prefix cache are shared by calls of the same salt only. None: by all without one.
             **options: the fields of ``SamplingParams`` (or their usual other names) instead of ``params``.
 
         Returns:
@@ -139,10 +152,13 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: bad input, named in one sentence, before any work is done. A request that fails later (NaN in its
-                logits, no token left to draw, a processor that raises) does not raise: its output has ``finish_reason`` "error".
+                logits, no token left to draw, a processor that raises, a step that fails) does not raise: its output has
+                ``finish_reason`` "error".
             ImportError: a grammar is asked for and llguidance is not installed.
         """
-        submission = self.prepare("generate()", prompts, params, attention_mask, options, streams=False)
+        submission = self.prepare(
+            "generate()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt, streams=False
+        )
         total = submission.num_outputs
         with tqdm(total=total, desc="decoding", unit="request", disable=None, delay=2, leave=False) as finished:
             for _ in self._run(submission):
@@ -155,13 +171,19 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Iterator[StreamEvent]:
         """Like ``generate``, but yields tokens and text as they come; bad input raises here, before the first event.
 
         Leaving the iterator early aborts what is unfinished.
         """
-        return self._run(self.prepare("stream()", prompts, params, attention_mask, options))
+        submission = self.prepare(
+            "stream()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt
+        )
+        return self._run(submission)
 
     def submit(
         self,
@@ -169,11 +191,16 @@ class Decoder:
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         attention_mask: Tensor | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
         **options: Any,
     ) -> Submission:
         """Queue what ``stream`` would run, for a loop of the caller's own: call ``step`` while ``has_work``, and take the submission's
         ``events`` as they come. ``abort`` ends it early."""
-        submission = self.prepare("submit()", prompts, params, attention_mask, options)
+        submission = self.prepare(
+            "submit()", prompts, params, attention_mask, options, priority=priority, timeout=timeout, cache_salt=cache_salt
+        )
         self.loop.enqueue(submission.requests)
         return submission
 
@@ -189,6 +216,14 @@ class Decoder:
     def abort(self, submission: Submission) -> None:
         """End a submission with the tokens it has: its unfinished outputs have ``finish_reason`` "abort"; its blocks are free at once."""
         self.loop.abort(submission.requests)
+
+    def stats(self) -> Stats:
+        """What is running and waiting now, and what has been counted since the decoder was made. Any thread may ask at any time."""
+        return self.loop.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all computed blocks, as after a change of the model's weights; running requests are computed anew from their tokens."""
+        self.loop.reset_prefix_cache()
 
     def generate_super(
         self,
@@ -283,15 +318,29 @@ class Decoder:
         attention_mask: Tensor | None,
         options: dict[str, Any],
         *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        submitted_at: float | None = None,
         streams: bool = True,
         beams_as_origin: bool = False,
     ) -> Submission:
-        """A call's requests, not queued yet; raises what ``generate`` raises, in the name of ``caller``."""
+        """A call's requests, not queued yet; raises what ``generate`` raises, in the name of ``caller``.
+
+        ``submitted_at``: when the call was made, by ``time.perf_counter``; None: now. Order, timeout and times count from then.
+        """
+        check_terms(priority, timeout, cache_salt)
+        clock = self.loop.scheduler.clock
+        if submitted_at is None:
+            submitted_at = clock()
         token_lists = to_token_lists(prompts, attention_mask, self.tokenizer, self.config.vocab_size)
         requests = build_requests(
             caller, token_lists, params, options, self.config, self.tokenizer, self.loop.scheduler, self.grammars,
             can_draft=self.loop.speculator is not None, beams_as_origin=beams_as_origin,
         )  # fmt: skip
+        for request in requests:
+            request.clock, request.submitted_at = clock, submitted_at
+            request.priority, request.timeout, request.cache_salt = priority, timeout, cache_salt
         return Submission(requests, streams)
 
     def _run(self, submission: Submission) -> Iterator[StreamEvent]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import time
+import logging
 
 from .blocks import BlockPool
 from .decode import beam_request, speculate
 from .decode.beam_rows import choose
 from .decode.grammar import GrammarError
+from .decode.rows import said
 from .decode.sample import Sampler
 from .drafters.speculator import Speculator
 from .kernels.registry import Ops
 from .kv_cache import KVCache
 from .outputs import FinishReason, RequestOutput, StreamEvent
+from .pace import Pace
 from .request import Drawn, Request
 from .runner import Runner
 from .scheduler import Scheduler, StepPlan
+from .stats import Meter, Stats
+
+logger = logging.getLogger("engine.loop")
 
 
 class StepLoop:
@@ -39,8 +44,38 @@ class StepLoop:
         self.speculator = speculator
         if speculator is not None:
             scheduler.on_preemption = speculator.release
-        self.num_steps = 0  # run so far
+        self.pace = Pace()
+        self.meter = Meter()
         self._stepping = False
+
+    @property
+    def num_steps(self) -> int:
+        """Run so far."""
+        return self.meter.num_steps
+
+    def stats(self) -> Stats:
+        """See ``Decoder.stats``."""
+        scheduler, pool, meter = self.scheduler, self.pool, self.meter
+        step_seconds, tokens_per_second = meter.recent()
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            block_size=pool.block_size,
+            num_steps=meter.num_steps,
+            num_finished=dict(meter.num_finished),
+            num_prompt_tokens=scheduler.num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_new_tokens=meter.num_new_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_drafted=meter.num_drafted,
+            num_accepted=meter.num_accepted,
+            seconds=dict(meter.seconds),
+            step_seconds=step_seconds,
+            tokens_per_second=tokens_per_second,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -48,20 +83,28 @@ class StepLoop:
 
     def enqueue(self, requests: list[Request]) -> None:
         """Queue requests; samples of one prompt go together, the first with the others as followers, in groups that fit a batch."""
-        leader: Request | None = None
+        leaders: list[Request] = []
         for request in requests:
-            same_prompt = leader is not None and request.prompt_index == leader.prompt_index
-            if leader is not None and same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
+            leader = leaders[-1] if leaders else request
+            same_prompt = leader is not request and request.prompt_index == leader.prompt_index
+            if same_prompt and not leader.searches and 1 + len(leader.followers) < self.scheduler.max_batch_size:
                 leader.followers.append(request)
             else:
-                leader = request
-                self.scheduler.add(leader)
+                leaders.append(request)
+        for leader in leaders:
+            self.scheduler.add(leader)
 
     def abort(self, requests: list[Request]) -> None:
         """End those that have not finished, with what they have."""
         for request in requests:
             if not request.finished:
                 self._finish(request, "abort")
+
+    def reset_prefix_cache(self) -> None:
+        """See ``Decoder.reset_prefix_cache``."""
+        if self._stepping:
+            raise RuntimeError("this decoder is in the middle of a step; its prefix cache can be reset between two")
+        self.scheduler.reset_prefix_cache()
 
     def step(self) -> None:
         """One step of the loop: plan, run, commit, decide. Progress arrives as events of the requests."""
@@ -74,42 +117,76 @@ class StepLoop:
             self._stepping = False
 
     def _step(self) -> None:
-        start = time.perf_counter()
+        self.meter.begin()
+        for request in self.scheduler.expired():
+            self._finish(request, "abort", error=f"the request has run into its timeout of {request.timeout:g} seconds")
+        if not self.scheduler.has_work:
+            return
         if self.speculator is not None:
             self.speculator.propose(self.scheduler.running)
-        plan = self.scheduler.plan()
+            self.meter.lap("draft")
+        plan = self.scheduler.plan(self.pace.prompt_tokens)
+        self.meter.lap("plan")
         if not plan.sequences:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
             return
         try:
             self._execute(plan)
+        except Exception as error:
+            self._fail(plan, error)
+            return
         except BaseException:
             # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
             # tokens they have, and by the token law draw what they would have drawn.
             self.scheduler.preempt_running()
             raise
-        if self.speculator is not None and all(scheduled.num_tokens == 1 for scheduled in plan.sequences):
-            rows = sum(1 + len(scheduled.draft) for scheduled in plan.sequences)
-            self.speculator.note_step(len(plan.sequences), rows, time.perf_counter() - start)
+        seconds = self.meter.end()
+        shares = [scheduled.num_tokens for scheduled in plan.sequences]
+        num_prompt_tokens = sum([n for n in shares if n > 1])
+        rows = shares.count(1)
+        if self.speculator is not None:
+            rows += sum([len(scheduled.draft) for scheduled in plan.sequences])
+        self.pace.note(rows, num_prompt_tokens, seconds)
+        if self.speculator is not None and not num_prompt_tokens:
+            self.speculator.note_step(len(shares), rows, seconds)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """End those whose step has failed: what of it is in the cache is not certain. All others go on."""
+        requests: dict[Request, None] = {}
+        for scheduled in plan.sequences:
+            requests[scheduled.request] = None
+            requests |= dict.fromkeys(row for row in scheduled.rows if isinstance(row, Request))
+        unfinished = [request for request in requests if not request.finished]
+        logger.error("a step failed, and with it %d requests", len(unfinished), exc_info=error)
+        for request in unfinished:
+            self._finish(request, "error", error=f"a step with this request failed with {type(error).__name__}: {said(error)}")
 
     def _execute(self, plan: StepPlan) -> None:
         logits = self.runner.run(plan)
-        self.num_steps += 1
+        self.meter.lap("forward")
         self.scheduler.commit(plan)
+        self.meter.lap("commit")
         if logits is None:
             return
         if plan.drawing:
             drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
-            for verdict in speculate.verdicts(self.ops, plan, logits, drawn):
+            verdicts = speculate.verdicts(self.ops, plan, logits, drawn)
+            self.meter.lap("sample")
+            for verdict in verdicts:
                 self._carry_out(verdict)
+            self.meter.lap("commit")
         if plan.beams:
-            for choice in choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams):
+            choices = choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams)
+            self.meter.lap("sample")
+            for choice in choices:
                 if choice.error is not None:
                     self._finish(choice.request, "error", error=choice.error)
                     continue
                 beam_request.go_on(choice, self.pool)
+                self.meter.num_new_tokens += 1
                 if choice.request.finished:
                     self._remove(choice.request)
+            self.meter.lap("commit")
 
     def _carry_out(self, verdict: speculate.Verdict) -> None:
         """Give a request its next tokens, as far as it goes on, and keep of its draft in the cache what holds."""
@@ -117,6 +194,8 @@ class StepLoop:
         request.num_forwards += 1
         if self.speculator is not None and verdict.draft:
             self.speculator.learn(verdict)
+            self.meter.num_drafted += len(verdict.draft)
+            self.meter.num_accepted += verdict.num_accepted
         end = request.num_tokens
         for drawn in verdict.drawn:
             if drawn.error is not None:
@@ -137,6 +216,7 @@ class StepLoop:
     def _advance(self, request: Request, drawn: Drawn) -> None:
         """Append a drawn token, settle its text, and end the request where it ends."""
         request.append(drawn)
+        self.meter.num_new_tokens += 1
         token = drawn.token
         if token in request.end_token_ids:
             self._finish(request, "stop", stop_reason=token, drawn=drawn)
@@ -185,8 +265,12 @@ class StepLoop:
             return
         whole = None
         if request.text_state is not None:
-            if not isinstance(stop_reason, str) and error is None:  # after a stop string no text may follow
-                rest, matched = request.text_state.flush()
+            if not isinstance(stop_reason, str) and reason != "error":  # after a stop string no text may follow
+                try:
+                    rest, matched = request.text_state.flush()
+                except Exception as failure:
+                    rest, matched = "", None
+                    reason, stop_reason, error = "error", None, f"the tokenizer cannot decode the last tokens: {said(failure)}"
                 text += rest
                 if matched is not None and stop_reason is None and reason != "abort":
                     reason, stop_reason = "stop", matched
@@ -197,5 +281,6 @@ class StepLoop:
 
     def _remove(self, request: Request) -> None:
         self.scheduler.remove(request)
+        self.meter.num_finished.update(output.finish_reason for output in request.outputs)
         if self.speculator is not None:
             self.speculator.release(request)

@@ -15,6 +15,8 @@ class RequestMetrics:
     num_prompt_tokens: int
     num_new_tokens: int
     num_preemptions: int
+    num_cached_tokens: int  # of the prompt's tokens, those that the prefix cache had when the request was first scheduled
+    queue_time: float | None  # until it was first scheduled; None: it never was
     time_to_first_token: float | None
     total_time: float
     peak_blocks: int  # most cache blocks that it held at once; all beams of a search together, a shared block counted once
@@ -33,8 +35,8 @@ class RequestOutput:
     """One finished continuation.
 
     ``finish_reason``: "stop" (an end-of-sequence token, stop token or stop string: ``stop_reason`` says which; None: the end of the
-    request's grammar), "length", "error" (``error`` says why) or "abort". Decoding the same prompt with ``SamplingParams(seed=seed,
-    stream=stream, ...)`` reproduces it alone.
+    request's grammar), "length", "error" (``error`` says why) or "abort" (at a timeout ``error`` says so). Decoding the same prompt with
+    ``SamplingParams(seed=seed, stream=stream, ...)`` reproduces it alone.
 
     Log-probabilities are natural logarithms, one entry per new token: the plain ones under the model's own distribution, the processed ones
     under the one the token was drawn from, after penalties, bias, masks, temperature and filters (a greedy request has neither temperature

@@ -6,7 +6,7 @@ import functools
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -192,8 +192,15 @@ class Request(TokenSequence):
     outputs: list[RequestOutput] = field(default_factory=list)  # when it has finished: one, or those of a beam search, best first
     peak_blocks: int = 0
     num_preemptions: int = 0
-    submitted_at: float = field(default_factory=time.perf_counter)
+    clock: Callable[[], float] = time.perf_counter  # in seconds; all its times are of this clock
+    submitted_at: float = 0.0
+    scheduled_at: float | None = None  # when its first tokens were put into a step
     first_token_at: float | None = None
+    priority: int = 0  # lower ones first
+    timeout: float | None = None  # seconds that it may take since it was submitted
+    cache_salt: str | None = None  # cached blocks are shared by requests of the same salt only
+    order: tuple[float, int] = (0.0, 0)  # its place among all requests, given by the scheduler
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it was first scheduled
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -224,6 +231,17 @@ class Request(TokenSequence):
         return self.num_beams
 
     @property
+    def decodes(self) -> bool:
+        """Whether each of its sequences lacks its last token only."""
+        if not self.searches:
+            return self.num_missing == 1
+        return not self.shared and all(beam.num_missing == 1 for beam in self.beams)
+
+    @property
+    def deadline(self) -> float | None:
+        return None if self.timeout is None else self.submitted_at + self.timeout
+
+    @property
     def finished(self) -> bool:
         return bool(self.outputs)
 
@@ -252,7 +270,10 @@ class Request(TokenSequence):
 
     def note_first_token(self) -> None:
         if self.first_token_at is None:
-            self.first_token_at = time.perf_counter()
+            self.first_token_at = self.clock()
+
+    def _since_submission(self, moment: float | None) -> float | None:
+        return None if moment is None else moment - self.submitted_at
 
     def finish(
         self,
@@ -289,8 +310,10 @@ class Request(TokenSequence):
                 num_prompt_tokens=len(self.prompt),
                 num_new_tokens=len(drawn),
                 num_preemptions=self.num_preemptions,
-                time_to_first_token=None if self.first_token_at is None else self.first_token_at - self.submitted_at,
-                total_time=time.perf_counter() - self.submitted_at,
+                num_cached_tokens=self.num_cached_tokens,
+                queue_time=self._since_submission(self.scheduled_at),
+                time_to_first_token=self._since_submission(self.first_token_at),
+                total_time=self.clock() - self.submitted_at,
                 peak_blocks=self.peak_blocks,
                 num_forwards=self.num_forwards,
                 num_drafted=self.num_drafted,

@@ -1,22 +1,30 @@
 """Who computes how many tokens in the next step: budgets in, plan out. No tensors.
 
-Requests are served in the order they came. A running request keeps its blocks until it finishes or is preempted; when the pool runs dry the
-youngest running request is preempted (its blocks freed, its tokens recomputed later), so the oldest always makes progress. A beam search is
-one request with several sequences: they are computed, preempted and resumed together, and what they have in common is computed once.
+Requests are served in the order they came, where one of priority p counts as one that came ``p * PRIORITY_SECONDS`` later. A running
+request keeps its blocks until it finishes or is preempted; when the pool runs dry the last in order of the running is preempted (its blocks
+freed, its tokens recomputed later) and waits at its place in the order, so the first always makes progress. Nobody overtakes a request that
+waits because it does not fit yet; it fits at the latest when all others have ended. A beam search is one request with several sequences:
+they are computed, preempted and resumed together, and what they have in common is computed once.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import math
+import operator
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .blocks import BlockPool, Write
+from .blocks import BlockPool, BlockTable, Key, Write
 from .drafters.draft import Draft
 from .request import Beam, Request, TokenSequence
 
 NO_DRAFT = Draft()
+PRIORITY_SECONDS = 60.0  # of waiting that one step of priority is worth: whoever comes later than that does not go first
+
+_order = operator.attrgetter("order")
 
 
 @dataclass(slots=True)
@@ -80,9 +88,20 @@ class Scheduler:
         max_batch_size: most sequences running at once.
         max_batch_tokens: most query tokens in one step (at least ``max_batch_size``, so that every running sequence can advance).
         prefill_chunk: most query tokens of one sequence in one step.
+        prefix_cache: whether requests begin with the cached blocks that their tokens begin with.
+        clock: seconds, for timeouts and times of requests.
     """
 
-    def __init__(self, pool: BlockPool, *, max_batch_size: int, max_batch_tokens: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        prefill_chunk: int,
+        prefix_cache: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -92,13 +111,26 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         self.prefill_chunk = prefill_chunk
-        self.waiting: deque[Request] = deque()
+        self.prefix_cache = prefix_cache
+        self.clock = clock
+        self.waiting: list[Request] = []  # both in the order of requests
         self.running: list[Request] = []
+        self._num_added = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of all requests scheduled so far; of these were cached:
+        self.num_cached_tokens = 0
+        self._timed: dict[Request, float] = {}  # deadlines
+        self._earliest = math.inf  # none of them is before
         self.on_preemption: Callable[[Request], None] | None = None  # told of each request that is preempted
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, followers of those that run or wait included."""
+        return sum(1 + len(request.followers) for request in tuple(self.waiting)) + sum(len(r.followers) for r in tuple(self.running))
 
     def admissible(self, num_prompt_tokens: int, max_new_tokens: int, num_beams: int = 1) -> str | None:
         """None if such a request can ever run here, else one sentence saying why not."""
@@ -118,11 +150,28 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request with its followers, ``max_batch_size`` in all at most. The caller has asked ``admissible``."""
         assert request.seats + len(request.followers) <= self.max_batch_size
-        self.waiting.append(request)
+        for one in (request, *request.followers):
+            self._num_added += 1
+            one.order = one.submitted_at + one.priority * PRIORITY_SECONDS, self._num_added
+            if one.deadline is not None:
+                self._timed[one] = one.deadline
+                self._earliest = min(self._earliest, one.deadline)
+        bisect.insort(self.waiting, request, key=_order)
 
-    def plan(self) -> StepPlan:
+    def expired(self) -> list[Request]:
+        """Those whose timeout has passed; the caller ends them."""
+        now = self.clock()
+        if now < self._earliest:
+            return []
+        self._earliest = min((deadline for deadline in self._timed.values() if deadline > now), default=math.inf)
+        return [request for request, deadline in self._timed.items() if deadline <= now]
+
+    def plan(self, prompt_tokens: int | None = None) -> StepPlan:
+        """The next step. If it decodes any request whose tokens are streamed, it has at most ``prompt_tokens`` tokens of those that lack
+        more than their last one."""
         plan = StepPlan()
         budget = self.max_batch_tokens
+        room = None  # for tokens of prompts; looked at when there are any
         seen, owed = 0, 0  # of the running; one token of the budget to each sequence that is yet to get its share
         position = 0
         while position < len(self.running):
@@ -130,25 +179,107 @@ class Scheduler:
             if seen != len(self.running):  # at first, and after a preemption
                 seen, owed = len(self.running), sum(behind.num_sequences for behind in self.running[position:])
             owed -= request.num_sequences
-            shares = self._shares(request, budget - owed)
+            limit = budget - owed
+            decodes = request.decodes
+            if not decodes:
+                if room is None:
+                    room = self._prompt_room(prompt_tokens)
+                limit = min(limit, room)
+                if not limit:
+                    position += 1
+                    continue  # its turn comes when the prompts before it are done
+            shares = self._shares(request, limit)
             writes = self._writes(shares)
             if writes and not self._make_room(request, writes):
-                break  # request was the youngest and has been preempted itself; nobody is behind it
-            budget -= self._schedule(plan, request, shares, writes)
+                break  # request was the last and has been preempted itself; nobody is behind it
+            num_tokens = self._schedule(plan, request, shares, writes)
+            budget -= num_tokens
+            if room is not None and not decodes:
+                room -= num_tokens
             position += 1
-        while self.waiting:
-            request = self.waiting[0]
-            if budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
-                break
-            # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
-            if self._blocks_wanted(request) > self.pool.num_free:
-                break
-            self.running.append(self.waiting.popleft())
-            shares = self._shares(request, budget)
-            budget -= self._schedule(plan, request, shares, self._writes(shares))
+        if self.waiting:
+            budget = self._admit(plan, budget, self._prompt_room(prompt_tokens) if room is None else room)
         self._place_drafts(plan, budget)
         plan.add_rows()
         return plan
+
+    def _prompt_room(self, prompt_tokens: int | None) -> int:
+        """How many tokens of prompts a step may have: all that fit, unless somebody waits for their next token."""
+        if prompt_tokens is None or not any(request.streams and request.decodes for request in self.running):
+            return self.max_batch_tokens
+        return prompt_tokens
+
+    def _admit(self, plan: StepPlan, budget: int, room: int) -> int:
+        """Let those who wait begin, in their order, as far as seats, blocks and the step's tokens suffice, ``room`` of these for prompts;
+        returns what is left of the budget."""
+        coming: set[Key] | None = None
+        while self.waiting:
+            request = self.waiting[0]
+            if not room or budget < request.num_sequences or self._seats() + request.seats + len(request.followers) > self.max_batch_size:
+                break
+            cached = self._cached(request)
+            # Admitted only if everything it has fits now: a prompt admitted by halves would be the first to be preempted.
+            if self._blocks_wanted(request) - self.pool.num_held(cached) > self.pool.num_free:
+                break
+            if coming is None:
+                coming = {key for one in self.running for key in self._coming(one)}
+            if self._next_key(request, cached) in coming:
+                break  # somebody is about to compute what it begins with: it waits to share that
+            bisect.insort(self.running, self.waiting.pop(0), key=_order)
+            self._begin(request, cached)
+            coming.update(self._coming(request))
+            shares = self._shares(request, budget if request.decodes else min(budget, room))
+            num_tokens = self._schedule(plan, request, shares, self._writes(shares))
+            budget -= num_tokens
+            room -= 0 if request.decodes else num_tokens
+        return budget
+
+    def _most_cached(self, request: Request) -> int:
+        """How many cached blocks its first sequence may begin with: something is always left to compute."""
+        return ((request.shared or len(request.sequences[0].tokens)) - 1) // self.pool.block_size if self.prefix_cache else 0
+
+    def _cached(self, request: Request) -> BlockTable:
+        """The cached blocks that a waiting request begins with."""
+        return self.pool.match(request.sequences[0].tokens, self._most_cached(request), request.cache_salt)
+
+    def _next_key(self, request: Request, cached: BlockTable) -> Key | None:
+        """The key of the first block that a waiting request could share and cannot yet."""
+        place = len(cached)
+        if place == self._most_cached(request):
+            return None
+        return self.pool.key(cached, request.sequences[0].tokens, place, request.cache_salt)
+
+    def _coming(self, request: Request) -> list[Key]:
+        """Of each sequence the key of the block that it fills next, if it has the tokens for that already."""
+        keys: list[Key] = []
+        for sequence in request.sequences if self.prefix_cache else ():
+            place = sequence.num_computed // self.pool.block_size
+            if (place + 1) * self.pool.block_size <= len(sequence.tokens) and len(sequence.block_table) >= place:
+                keys.append(self.pool.key(sequence.block_table, sequence.tokens, place, request.cache_salt))
+        return keys
+
+    def _begin(self, request: Request, cached: BlockTable) -> None:
+        """A request runs now, and has these blocks already."""
+        first = request.sequences[0]
+        if cached:
+            first.block_table = self.pool.share(cached)
+            first.num_computed = len(cached) * self.pool.block_size
+        if request.scheduled_at is None:
+            now = self.clock()
+            for one in (request, *request.followers):
+                one.scheduled_at, one.num_cached_tokens = now, first.num_computed
+            self.num_prompt_tokens += len(request.prompt)
+            self.num_cached_tokens += first.num_computed
+
+    def _remember(self, request: Request, sequence: TokenSequence, start: int) -> None:
+        """Keep the blocks that a sequence has filled since it had ``start`` tokens in the cache."""
+        if self.prefix_cache and sequence.num_computed // self.pool.block_size > start // self.pool.block_size:
+            self.pool.cache(sequence.block_table, sequence.tokens, start, sequence.num_computed, request.cache_salt)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what is cached, also of running requests, which are computed anew."""
+        self.preempt_running()
+        self.pool.forget()
 
     def _place_drafts(self, plan: StepPlan, budget: int) -> None:
         """Give drafts what is left of budget and pool, the oldest request first: they never cost anybody else a token or a block."""
@@ -223,7 +354,7 @@ class Scheduler:
         return total
 
     def _make_room(self, request: Request, writes: list[Write]) -> bool:
-        """Preempt the youngest until ``request`` can make its ``writes``; False if it had to be preempted itself."""
+        """Preempt the last in order until ``request`` can make its ``writes``; False if it had to be preempted itself."""
         while self.pool.new_blocks(writes) > self.pool.num_free:
             victim = self.running.pop()
             self._preempt(victim)
@@ -236,9 +367,10 @@ class Scheduler:
             self.pool.release(sequence.block_table)
         request.restart()
         request.num_preemptions += 1
+        self.num_preemptions += 1
         if self.on_preemption is not None:
             self.on_preemption(request)
-        self.waiting.appendleft(request)
+        bisect.insort(self.waiting, request, key=_order)
 
     def commit(self, plan: StepPlan) -> None:
         """Record that a plan has been run: its tokens are in the cache, and followers and beams have joined."""
@@ -246,6 +378,7 @@ class Scheduler:
         for scheduled in plan.sequences:
             request, sequence = scheduled.request, scheduled.sequence
             sequence.num_computed = scheduled.end
+            self._remember(request, sequence, scheduled.start)
             if sequence.num_computed == request.shared:
                 for beam in request.beams[1:]:
                     beam.block_table = self.pool.fork(sequence.block_table)
@@ -264,7 +397,9 @@ class Scheduler:
 
     def accept(self, request: Request, num_tokens: int) -> None:
         """Of a request's draft so many tokens hold, and are in the cache right after its others; the blocks of the rest are free."""
+        start = request.num_computed
         request.num_computed += num_tokens
+        self._remember(request, request, start)
         self.pool.truncate(request.block_table, request.num_computed)
 
     def preempt_running(self) -> int:
@@ -276,6 +411,7 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Take a finished or aborted request out and free its blocks. A leader removed early passes its followers on."""
+        self._timed.pop(request, None)
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -289,12 +425,16 @@ class Scheduler:
         if request.followers:
             heir, *request.followers[:] = request.followers
             heir.followers, request.followers = request.followers, []
-            self.waiting.appendleft(heir)
+            bisect.insort(self.waiting, heir, key=_order)
 
     def check(self) -> None:
         """Assert the invariants of queues and pool; for tests, after any step."""
         requests = (*self.running, *self.waiting)
         assert len({id(r) for r in requests}) == len(requests), "a request is queued twice"
+        for queue in (self.running, self.waiting):
+            assert queue == sorted(queue, key=_order), "requests are not in their order"
+        followers = (follower for r in requests for follower in r.followers)
+        assert self._timed.keys() <= {*requests, *followers}, "a request that has ended is still timed"
         waiting = [s for r in self.waiting for s in r.sequences]
         running = [s for r in self.running for s in r.sequences]
         assert all(not s.block_table and s.num_computed == 0 for s in waiting), "a waiting request holds blocks"
@@ -305,3 +445,6 @@ class Scheduler:
             assert len({len(s.tokens) for s in r.sequences}) == 1, "beams of one request are not equally long"
             assert not r.searches or not r.block_table, "a beam search holds blocks besides its beams'"
         self.pool.check(s.block_table for s in running)
+        for r in self.running if self.prefix_cache else ():
+            for s in r.sequences:
+                self.pool.check_cached(s.block_table, s.tokens, s.num_computed, r.cache_salt)

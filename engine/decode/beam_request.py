@@ -65,7 +65,7 @@ def fail(request: Request, reason: FinishReason, *, error: str | None = None) ->
     """End a search without its results: the first output has what had settled, the others nothing."""
     for index in range(request.num_outputs):
         text_state = None if request.text_state is None else request.text_state if index == 0 else request.text_state.anew()
-        rest = text_state.flush()[0] if text_state is not None and error is None else ""
+        rest = text_state.flush()[0] if text_state is not None and reason != "error" else ""
         text = None if text_state is None else text_state.text
         output = request.finish(reason, text=text, error=error, drawn=request.drawn if index == 0 else [])
         request.events.append(_event(request, index, [], rest, output))

@@ -110,11 +110,11 @@ def process(row: Tensor, request: TokenSequence) -> str | None:
             return f"logits_processor returned NaN at position {position}"
         row.copy_(logits.detach())
     except Exception as error:
-        return f"logits_processor raised {type(error).__name__} at position {position}: {_said(error)}"
+        return f"logits_processor raised {type(error).__name__} at position {position}: {said(error)}"
     return None
 
 
-def _said(error: Exception) -> str:
+def said(error: Exception) -> str:
     """An error's message on one line, cut to a bearable length; it is somebody else's object and may fail at that too."""
     try:
         return " ".join(str(error).split())[:300]

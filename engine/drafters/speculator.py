@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import os
 import time
@@ -22,6 +23,7 @@ from .governor import Costs, Depth, Rates, Record, prune
 from .model import DraftModel
 
 BUNDLED = Path(__file__).parent.parent / "bundled" / "draft"
+logger = logging.getLogger("engine.drafters")
 _FIRST = 4  # tokens that a model drafts at first, to see what it costs
 
 
@@ -69,6 +71,7 @@ class Speculator:
         self._rates = [Rates() for _ in self.drafters]
         self._records: dict[Request, list[Record]] = {}
         self._asked: dict[Request, Record] = {}  # whose drafter drafted for the present step
+        self._failed: dict[Request, list[Drafter]] = {}  # drafters that failed while drafting for it: they are asked for it no more
         if len({id(drafter) for drafter in self.drafters}) < len(self.drafters):
             raise ValueError("draft holds the same drafter twice; each must be one of its own")
         models = [drafter for drafter in self.drafters if isinstance(drafter, DraftModel)]
@@ -95,7 +98,7 @@ class Speculator:
         self._prune(batch)
 
     def _ask(self, place: int, drafter: Drafter, wanting: Sequence[tuple[Request, int]], batch: int) -> None:
-        """Have one drafter draft for those whom that promises to serve."""
+        """Have one drafter draft for those whom that promises to serve. One that raises, or answers nonsense, leaves them without."""
         model = drafter if isinstance(drafter, DraftModel) else None
         costs = None if model is None else model.costs
         nodes = 1 if model is None else model.nodes
@@ -104,6 +107,8 @@ class Speculator:
         limits: list[int] = []
         records: list[Record] = []
         for request, most in wanting:
+            if drafter in self._failed.get(request, ()):
+                continue
             record = self._record(request)[place]
             limit = most
             if request.params.num_assistant_tokens is None:
@@ -119,11 +124,19 @@ class Speculator:
         if not requests:
             return
         start = time.perf_counter()
-        if model is not None:
-            drafts = model.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
-        else:
-            drafts = drafter.draft(requests, limits)
-        drafts = self._checked(drafter, drafts, requests, limits)
+        try:
+            if model is not None:
+                drafts = model.draft(requests, limits, None if depth is None else partial(_goes_on, requests, records, depth))
+            else:
+                drafts = drafter.draft(requests, limits)
+            drafts = self._checked(drafter, drafts, requests, limits)
+        except Exception as error:
+            name = type(drafter).__name__
+            logger.warning("drafter %s failed, and %d requests go on without its drafts", name, len(requests), exc_info=error)
+            for request in requests:
+                self._failed.setdefault(request, []).append(drafter)
+                self._release(drafter, request)
+            return
         self._drafting += time.perf_counter() - start
         plain = self.step_costs(batch) / batch
         for request, record, draft in zip(requests, records, drafts, strict=True):
@@ -192,8 +205,15 @@ class Speculator:
         """A request has ended or been preempted."""
         self._records.pop(request, None)
         self._asked.pop(request, None)
+        self._failed.pop(request, None)
         for drafter in self.drafters:
+            self._release(drafter, request)
+
+    def _release(self, drafter: Drafter, request: Request) -> None:
+        try:
             drafter.release(request)
+        except Exception as error:
+            logger.warning("drafter %s failed to release a request", type(drafter).__name__, exc_info=error)
 
     def _record(self, request: Request) -> list[Record]:
         if request not in self._records:

@@ -244,22 +244,29 @@ def check_idle(decoder: Decoder) -> None:
             assert not drafter._seen
 
 
-def run_streams(target: Target, decoder: Decoder, indices: Iterable[int], error: type[Exception]) -> tuple[int, int]:
-    """Run requests as streams side by side, of which some fail with ``error``; how many ended as they should, and how many failed."""
+def run_streams(
+    target: Target, decoder: Decoder, indices: Iterable[int], interrupts: tuple[type[BaseException], ...] = ()
+) -> tuple[int, int]:
+    """Run requests as streams side by side, some of which fail or are interrupted; how many ended as they should, and how many failed."""
     streams = {i: decoder.stream(target.requests[i][0], params=target.params(i, num_assistant_tokens=3)) for i in indices}
     ended = failed = 0
     while streams:
         for i, stream in list(streams.items()):
             try:
                 event = next(stream)
-            except error:
+            except interrupts:
                 failed += 1
                 del streams[i]
                 decoder.loop.scheduler.check()
                 continue
             if event.output is not None:
-                assert [outcome(event.output)] == target.plain([i])
-                ended += 1
+                (plain,) = target.plain([i])
+                if event.output.finish_reason == "error":
+                    assert event.output.token_ids == plain[0][: len(event.output.token_ids)]
+                    failed += 1
+                else:
+                    assert outcome(event.output) == plain
+                    ended += 1
                 del streams[i]
     check_idle(decoder)
     return ended, failed

@@ -241,19 +241,24 @@ def check_events(events: list[StreamEvent], expected: tuple) -> None:
 
 
 @pytest.mark.parametrize("kind", ["near", "tree", "suffix"])
-def test_a_step_that_fails_is_repeated(llama: Target, kind: str, monkeypatch):
-    """Everybody else starts over from the tokens that they have; the drafters too."""
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_step_that_fails_harms_nobody_else(llama: Target, kind: str, error: type[BaseException], monkeypatch):
+    """Interrupted, it is repeated: everybody starts over from the tokens that they have, the drafters too. One that fails ends those that
+    were in it, and nobody who comes later."""
     decoder = watch(llama.speculative(llama.drafter(kind), max_batch_size=16))
     run, rng = decoder.loop.runner.run, random.Random(0)
 
     def failing(plan):
         logits = run(plan)
-        if rng.random() < 0.3:
-            raise RuntimeError("the machine has hiccups")
+        if rng.random() < (0.3 if error is KeyboardInterrupt else 0.02):
+            raise error("the machine has hiccups")
         return logits
 
     monkeypatch.setattr(decoder.loop.runner, "run", failing)
-    ended, failed = run_streams(llama, decoder, range(0, COUNT, 4), RuntimeError)
+    ended = failed = 0
+    for start in range(0, COUNT, 40):
+        some = run_streams(llama, decoder, range(start, min(start + 40, COUNT), 4), (KeyboardInterrupt,))
+        ended, failed = ended + some[0], failed + some[1]
     assert ended > 5 and failed > 5
 
 

@@ -18,16 +18,35 @@ LAYERS = (
     ("engine.__main__", "engine.cli"),
     ("engine.decoder",),
     ("engine.loop",),
-    ("engine.admission", "engine.decode", "engine.drafters", "engine.explain", "engine.runner", "engine.scheduler"),
+    ("engine.admission", "engine.decode", "engine.drafters", "engine.explain", "engine.pace", "engine.runner", "engine.scheduler"),
     ("engine.kv_cache", "engine.models"),
-    ("engine.blocks", "engine.outputs", "engine.params", "engine.prompts", "engine.request", "engine.tokenizer", "engine.verify"),
+    (
+        "engine.blocks",
+        "engine.outputs",
+        "engine.params",
+        "engine.prompts",
+        "engine.request",
+        "engine.stats",
+        "engine.tokenizer",
+        "engine.verify",
+    ),
     ("engine.columns", "engine.option_checks"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
 NEVER = {
     **dict.fromkeys(
-        ("engine.blocks", "engine.option_checks", "engine.outputs", "engine.params", "engine.request", "engine.scheduler"), ("torch",)
+        (
+            "engine.blocks",
+            "engine.option_checks",
+            "engine.outputs",
+            "engine.pace",
+            "engine.params",
+            "engine.request",
+            "engine.scheduler",
+            "engine.stats",
+        ),
+        ("torch",),
     ),
     "engine.kernels": ("engine",),  # but for itself
     "engine.models": ("engine.decoder", "engine.runner", "engine.scheduler"),
