@@ -1,5 +1,6 @@
 """A decoding engine for PyTorch language models: ``Decoder(model).generate(...)``."""
 
+from .async_decoder import AsyncDecoder, DecoderClosed, QueueFull, RequestStream
 from .decoder import Decoder
 from .drafters.draft import Draft, Drafter
 from .drafters.lookup import PromptLookup, SuffixLookup
@@ -11,14 +12,18 @@ from .params import BeamParams, SamplingParams
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncDecoder",
     "BeamParams",
     "Decoder",
+    "DecoderClosed",
     "Draft",
     "DraftModel",
     "Drafter",
     "PromptLookup",
+    "QueueFull",
     "RequestMetrics",
     "RequestOutput",
+    "RequestStream",
     "SamplingParams",
     "StreamEvent",
     "SuffixLookup",

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-minutes", type=float, default=10.0, help="how long `pytest -m soak` keeps its load up (default: 10)")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> Iterator[None]:
     before = torch.get_num_threads()
