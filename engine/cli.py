@@ -1,4 +1,4 @@
-"""The command line: ``python -m engine generate | demo | info | verify``."""
+"""The command line: ``python -m engine generate | serve | demo | info | verify``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .kv_cache import block_bytes
 from .models.weights import WEIGHTS
 from .outputs import RequestOutput
 from .params import BeamParams, SamplingParams
+from .server import command as server
 
 DEMO_PROMPTS = (
     "def read_csv(path):",
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _model_arguments(generate)
     _draft_arguments(generate)
     _sampling_arguments(generate)
+    serve = commands.add_parser("serve", help="answer OpenAI's API over HTTP, with a page to try it at /")
+    _model_arguments(serve)
+    _draft_arguments(serve)
+    server.add_arguments(serve)
     demo = commands.add_parser("demo", help="watch the bundled model write: greedy, beams, sampled, with drafts, and JSON of a schema")
     demo.add_argument("--max-new-tokens", type=int, default=60, metavar="N")
     info = commands.add_parser("info", help="backends and why any is absent, instruction sets, measured limits")
@@ -62,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_arguments(commands.add_parser("verify", help="check that every backend draws each token by the law, and print p-values"))
     arguments = parser.parse_args(argv)
     try:
-        return {"generate": _generate, "demo": _demo, "info": _info, "verify": verify.command}[arguments.command](arguments)
+        run = {"generate": _generate, "serve": _serve, "demo": _demo, "info": _info, "verify": verify.command}[arguments.command]
+        return run(arguments)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
@@ -90,7 +96,6 @@ def _draft_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="bundled|PATH|lookup|suffix",
         help="guess tokens and verify several at a time: by a smaller model, or by what stood before; repeatable, the first guess is taken",
     )
-    parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="draft so many tokens at a time; default: as many as pay")
 
 
 def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +127,7 @@ def _sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--early-stopping", type=_early_stopping, metavar="true|false|never", help="beams: when the search ends")
     parser.add_argument("--seed", type=int, metavar="S", help="repeat a draw; the seed used is printed")
     parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N")
+    parser.add_argument("--num-assistant-tokens", type=int, metavar="N", help="draft so many tokens at a time; default: as many as pay")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-sequence token")
     parser.add_argument("--logprobs", type=int, metavar="N", help="print each token's log-probability, and the N most likely tokens")
@@ -157,14 +163,18 @@ def _file_or_text(value: str) -> str:
         raise ValueError(f"{value} is not a text file in UTF-8") from None
 
 
-def _decoder(arguments: argparse.Namespace) -> Decoder:
-    options: dict[str, Any] = {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels, "weights": arguments.weights}
+def _decoder(arguments: argparse.Namespace, **options: Any) -> Decoder:
+    options |= {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels, "weights": arguments.weights}
     if arguments.dtype:
         options["dtype"] = getattr(torch, arguments.dtype)
     if arguments.draft:
         lookups = {"lookup": PromptLookup, "suffix": SuffixLookup}
         options["draft"] = [lookups[name]() if name in lookups else name for name in arguments.draft]
     return Decoder(arguments.model, **options) if arguments.model else Decoder.bundled(**options)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    return server.run(arguments, _decoder)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

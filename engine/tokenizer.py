@@ -9,9 +9,14 @@ import tokenizers
 
 
 class Tokenizer:
-    """A tokenizer from a ``tokenizer.json`` (or its folder), a ``tokenizers.Tokenizer`` or a fast tokenizer of transformers."""
+    """A tokenizer from a ``tokenizer.json`` (or its folder), a ``tokenizers.Tokenizer`` or a fast tokenizer of transformers.
+
+    Attributes:
+        folder: where its file is; None: it has none.
+    """
 
     def __init__(self, source: Any) -> None:
+        self.folder: Path | None = None
         if isinstance(source, tokenizers.Tokenizer):
             self._tokenizer = source
         elif isinstance(getattr(source, "backend_tokenizer", None), tokenizers.Tokenizer):
@@ -21,6 +26,7 @@ class Tokenizer:
             path = path / "tokenizer.json" if path.is_dir() else path
             if not path.is_file():
                 raise FileNotFoundError(f"tokenizer {str(source)!r} not found: there is no file {path}")
+            self.folder = path.parent
             try:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises bare Exception

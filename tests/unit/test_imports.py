@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the top down; a room (a module, or a package with all that is in it) imports rooms of its own line and below.
 LAYERS = (
     ("engine.__main__", "engine.cli"),
+    ("engine.server",),
     ("engine.async_decoder",),
     ("engine.decoder",),
     ("engine.loop",),

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: ``python -m engine serve`` (FastAPI and uvicorn, the extra ``server``)."""
