@@ -31,7 +31,7 @@ class Engine:
         self.decoder = Decoder(
             model, dtype=torch_dtype, weights="shared" if shared else kept, cache_tokens=cache_tokens, max_batch_size=max_batch,
             max_batch_tokens=8192,  # all prompts in one step, so that all sequences begin to decode together
-            prefix_cache=False,  # the same prompts come again, and are to be computed
+            prefix_cache=False,  # every round computes its prompts
         )  # fmt: skip
 
     def decode(self, prompts: list[list[int]], new_tokens: int, num_beams: int = 1) -> Timing:

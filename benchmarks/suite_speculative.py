@@ -94,7 +94,7 @@ class Models:
 
 
 def decoder_of(model: Any, draft: Any = None, batch: int = 1) -> Decoder:
-    return Decoder(model, draft=draft, cache_tokens=1280 * batch, max_batch_size=max(batch, 4))
+    return Decoder(model, draft=draft, cache_tokens=1280 * batch, max_batch_size=max(batch, 4), prefix_cache=False)
 
 
 def drafters(draft: Any) -> dict[str, Callable[[], Any]]:

@@ -8,6 +8,7 @@ from .drafters.model import DraftModel
 from .kernels import get_num_threads, set_num_threads
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
 from .params import BeamParams, SamplingParams
+from .stats import Stats
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "RequestStream",
     "SamplingParams",
+    "Stats",
     "StreamEvent",
     "SuffixLookup",
     "__version__",

@@ -292,7 +292,7 @@ class Decoder:
         rows = [torch.tensor(output.token_ids) for output in outputs]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
-    def explain(self, batch_size: int = 1, context: int = 128, steps: int = 32) -> Explanation:
+    def explain(self, batch_size: int = 1, context: int | None = None, steps: int | None = None) -> Explanation:
         """Where the time of a step of decoding goes: runs some, of made-up prompts, and times their parts.
 
         Its kernels are called one by one, each timed, which costs the whole some microseconds for each of them; ``num_bytes`` and
@@ -301,8 +301,8 @@ class Decoder:
 
         Args:
             batch_size: sequences, from 1 to ``max_batch_size``.
-            context: tokens that each has before the first step that is timed.
-            steps: of decoding.
+            context: tokens that each has before the first step that is timed; None: 128, or half of what model and cache hold.
+            steps: of decoding; None: 32, or as many as there is room for.
 
         Raises:
             ValueError, TypeError: an argument cannot be, or the cache does not hold such sequences.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .kernels import Ops, limits
+from .kernels.packed import INTEGER_FORMATS, PackedWeight
 from .models.transformer import Transformer
 from .scheduler import StepPlan
 
@@ -27,6 +29,7 @@ PARTS = (
     "rows", "commit", "other",
 )  # fmt: skip
 PRODUCTS = ("qkv", "out", "gate_up", "down", "head")
+_KERNELS = ("embed", "norms", "rope", "activation", "attention", "sampling", *PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Explanation:
     parts: tuple[Part, ...]  # in the order of PARTS
     read_bandwidth: float  # bytes per second of a read as large as the step's
     flop_rate: float  # float32 operations per second
+    advice: str  # the setting that is worth changing next, by these numbers
 
     @property
     def num_bytes(self) -> float:
@@ -85,6 +89,7 @@ class Explanation:
             lines.append(line)
         work = f"{self.num_bytes / 1e6:>10.2f}{self.operations / 1e6:>10.1f}{self.share:>10.0%} (limit: {limits})"
         lines.append(f"{'all':<12}{1e6 * self.seconds:>10.1f}{1:>9.1%}{'':>7}{work}")
+        lines.append(f"next: {self.advice}")
         return "\n".join(lines)
 
 
@@ -237,10 +242,69 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Explanation:
+@dataclass(frozen=True)
+class Setting:
+    """What of a decoder advice may change."""
+
+    weights: str  # a format of kernels.packed, or "shared": rows where they lie
+    kv_dtype: torch.dtype
+    batch_size: int
+    max_batch_size: int
+    drafts: bool
+
+    @property
+    def larger_batches(self) -> str:
+        if self.batch_size < self.max_batch_size:
+            return f"decode more sequences at once (this was {self.batch_size}; max_batch_size allows {self.max_batch_size})"
+        return f"a larger max_batch_size (it is {self.max_batch_size})"
+
+
+def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_rate: float) -> str:
+    """The setting worth changing next, in a sentence: that of the largest share of the step which has one."""
+    seconds = sum(part.seconds for part in parts)
+    shares = {part.name: part.seconds / seconds for part in parts}
+    products = [part for part in parts if part.name in PRODUCTS]
+    shares = {
+        "products": sum(shares[part.name] for part in products),
+        "attention": shares["attention"],
+        "overhead": sum(share for name, share in shares.items() if name not in _KERNELS),
+    }
+    largest = max(shares, key=lambda name: shares[name])
+    much = f"{shares[largest]:.0%} of the step"
+    if largest == "overhead":
+        return f"{much} is spent around the kernels, which sequences share: {setting.larger_batches}"
+    if largest == "attention":
+        if setting.kv_dtype != torch.int8:
+            return (
+                f"{much} is attention over keys and values: kv_dtype=torch.int8 reads a part of the bytes, for a small error of the logits"
+            )
+        return f"{much} is attention over keys and values, which are int8 already: only shorter contexts make it less"
+    if sum(part.operations for part in products) / flop_rate > sum(part.num_bytes for part in products) / read_bandwidth:
+        if setting.weights in INTEGER_FORMATS:
+            return f"{much} is arithmetic of products: nothing but more cores (engine.set_num_threads) makes it less"
+        return f"{much} is arithmetic of products: weights='int8' multiplies integers, for a small error of the logits"
+    reads = f"{much} is reading weights"
+    if setting.batch_size > 1 and setting.weights == "shared":
+        return f"{reads}, which rows of a step share better in the kernels' order: weights='packed'"
+    if setting.batch_size == 1 and not setting.drafts:
+        return f"{reads} for a single row: draft=... verifies several tokens in one read, or {setting.larger_batches}"
+    if setting.weights == "int4":
+        return f"{reads}, which are int4 already: {setting.larger_batches}"
+    smaller = "int4" if setting.weights == "int8" else "int8"
+    return f"{reads}: weights='{smaller}' makes them fewer bytes, for an error of the logits; {setting.larger_batches} costs none"
+
+
+def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int | None) -> Explanation:
     """See ``Decoder.explain``."""
+    loop = decoder.loop
+    if isinstance(batch_size, int) and batch_size > 0:
+        room = min(decoder.config.max_position, loop.pool.num_blocks // batch_size * loop.pool.block_size)
+        if context is None:
+            context = min(128, max(1, room // 2))
+        if steps is None and isinstance(context, int):
+            steps = min(32, max(1, room - 1 - context))
     for name, value, most in (
-        ("batch_size", batch_size, decoder.loop.scheduler.max_batch_size),
+        ("batch_size", batch_size, loop.scheduler.max_batch_size),
         ("context", context, decoder.config.max_position - 2),
         ("steps", steps, decoder.config.max_position - 1 - context if isinstance(context, int) else 1),
     ):
@@ -250,6 +314,7 @@ def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Expl
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
     if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
+    assert context is not None and steps is not None
     prompts = [[(31 * row + 7 * place) % decoder.config.vocab_size for place in range(context)] for row in range(batch_size)]
     clock = Clock()
     with _watched(decoder, clock):
@@ -260,10 +325,18 @@ def explain(decoder: Decoder, batch_size: int, context: int, steps: int) -> Expl
     decoding = sorted((step for step in clock.steps if step.sequences == batch_size), key=lambda step: step.total)
     if not decoding:
         raise RuntimeError(f"no step had all {batch_size} sequences; steps is {steps}, and prompts or cache may take more than one")
-    return _summary(decoding[: (len(decoding) + 1) // 2], batch_size, context, len(decoding))
+    head = decoder.model.weights.head
+    setting = Setting(
+        head.format if isinstance(head, PackedWeight) else "shared",
+        loop.cache.dtype,
+        batch_size,
+        loop.scheduler.max_batch_size,
+        loop.speculator is not None,
+    )
+    return _summary(decoding[: (len(decoding) + 1) // 2], setting, context, len(decoding))
 
 
-def _summary(chosen: list[Step], batch_size: int, context: int, steps: int) -> Explanation:
+def _summary(chosen: list[Step], setting: Setting, context: int, steps: int) -> Explanation:
     """The mean of some of the ``steps`` that were run."""
     n = len(chosen)
     bandwidth = limits.read_bandwidth(int(sum(sum(step.num_bytes.values()) for step in chosen) / n))
@@ -274,4 +347,5 @@ def _summary(chosen: list[Step], batch_size: int, context: int, steps: int) -> E
         limit = max(num_bytes / bandwidth, operations / rate)
         seconds, calls = sum(step.seconds[name] for step in chosen) / n, sum(step.calls[name] for step in chosen) / n
         parts.append(Part(name, seconds, calls, num_bytes, operations, limit))
-    return Explanation(batch_size, context, steps, sum(part.seconds for part in parts), tuple(parts), bandwidth, rate)
+    advice = advise(parts, setting, bandwidth, rate)
+    return Explanation(setting.batch_size, context, steps, sum(part.seconds for part in parts), tuple(parts), bandwidth, rate, advice)

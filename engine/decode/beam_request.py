@@ -65,7 +65,7 @@ def fail(request: Request, reason: FinishReason, *, error: str | None = None) ->
     """End a search without its results: the first output has what had settled, the others nothing."""
     for index in range(request.num_outputs):
         text_state = None if request.text_state is None else request.text_state if index == 0 else request.text_state.anew()
-        rest = text_state.flush()[0] if text_state is not None and reason != "error" else ""
+        rest = _rest(text_state) if text_state is not None and reason != "error" else ""
         text = None if text_state is None else text_state.text
         output = request.finish(reason, text=text, error=error, drawn=request.drawn if index == 0 else [])
         request.events.append(_event(request, index, [], rest, output))
@@ -121,6 +121,15 @@ def _end(request: Request, finished: list[Finished]) -> None:
 def _feed(text_state: Any, drawn: list[Drawn]) -> str:
     """Text that has settled with some more tokens."""
     return "" if text_state is None else "".join(text_state.feed(d.token)[0] for d in drawn)
+
+
+def _rest(text_state: Any) -> str:
+    """The rest of the text of a search that ends early; none where the tokenizer fails at that, too."""
+    try:
+        rest: str = text_state.flush()[0]
+    except Exception:
+        return ""
+    return rest
 
 
 def _event(request: Request, index: int, drawn: list[Drawn], text: str, output: Any = None) -> StreamEvent:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from decode.small_models import small_llama
 
 from engine import Decoder
-from engine.explain import PARTS, PRODUCTS, Clock, Part
+from engine.explain import PARTS, PRODUCTS, Clock, Part, Setting, advise
 
 
 def test_the_parts_are_the_step(decoder):
@@ -86,10 +88,11 @@ def test_every_moment_has_one_part(monkeypatch):
 def test_a_table_of_all_parts(decoder):
     found = decoder.explain(steps=2)
     lines = str(found).splitlines()
-    assert len(lines) == 2 + len(PARTS) + 1
-    assert [line.split()[0] for line in lines[2:]] == [*PARTS, "all"]
+    assert len(lines) == 2 + len(PARTS) + 2
+    assert [line.split()[0] for line in lines[2:-1]] == [*PARTS, "all"]
     assert lines[0].startswith("a step of 1 sequence with 128 tokens and more: ")
-    assert "GB/s" in lines[-1] and "GFLOP/s" in lines[-1]
+    assert "GB/s" in lines[-2] and "GFLOP/s" in lines[-2]
+    assert lines[-1] == f"next: {found.advice}"
 
 
 def test_the_decoder_is_left_as_it_was(llama):
@@ -157,3 +160,57 @@ def test_a_model_that_fails_is_said_so_and_put_back():
     with pytest.raises(RuntimeError, match=r"a step that explain\(\) has run failed: the model's logits for position 5 hold NaN"):
         decoder.explain(context=5, steps=3)
     assert "step" not in vars(decoder.loop) and decoder.loop.runner.model is decoder.model and not decoder.loop.scheduler.has_work
+
+
+FLOATS, PACKED, INT8, INT4 = (
+    Setting(weights, kv_dtype, batch_size=1, max_batch_size=64, drafts=False)
+    for weights, kv_dtype in (("shared", torch.float32), ("float32", torch.float32), ("int8", torch.int8), ("int4", torch.int8))
+)
+
+
+def many(setting: Setting, **changes) -> Setting:
+    return replace(setting, **{"batch_size": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "setting", "words"),
+    [
+        (
+            {"other": 6},
+            PACKED,
+            "60% of the step is spent around the kernels, which sequences share: decode more sequences at once (this was 1; ",
+        ),
+        ({"plan": 6}, many(PACKED, batch_size=64), "a larger max_batch_size (it is 64)"),
+        ({"attention": 6}, PACKED, "60% of the step is attention over keys and values: kv_dtype=torch.int8"),
+        ({"attention": 6}, INT8, "int8 already: only shorter contexts"),
+        ({"down": 6}, FLOATS, "60% of the step is reading weights for a single row: draft=..."),
+        ({"down": 6}, replace(FLOATS, drafts=True), "weights='int8' makes them fewer bytes"),
+        ({"down": 6}, many(FLOATS), "weights='packed'"),
+        ({"qkv": 3, "head": 3}, many(PACKED), "weights='int8' makes them fewer bytes"),
+        ({"down": 6}, many(INT8), "weights='int4' makes them fewer bytes"),
+        ({"down": 6}, many(INT4), "which are int4 already: decode more sequences at once (this was 8; max_batch_size allows 64)"),
+        ({"gate_up": 6, "arithmetic": True}, many(PACKED), "is arithmetic of products: weights='int8'"),
+        ({"gate_up": 6, "arithmetic": True}, many(INT4), "is arithmetic of products: nothing but more cores (engine.set_num_threads)"),
+    ],
+)
+def test_advice_follows_what_takes_longest(seconds: dict, setting: Setting, words: str):
+    operations = 1e3 if seconds.pop("arithmetic", False) else 1.0
+    rest = (10 - sum(seconds.values())) / 2
+    measured = {"norms": rest, "sampling": rest, **seconds}
+    parts = [Part(name, measured.get(name, 0.0), 1, 100.0, operations, 0.0) for name in PARTS]
+    advice = advise(parts, setting, read_bandwidth=1.0, flop_rate=1.0)
+    assert words in advice and "\n" not in advice
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "expected"),
+    [({}, 1, (128, 32)), ({"max_position": 20}, 1, (10, 9)), ({"cache_tokens": 64}, 2, (16, 15)), ({"max_position": 2}, 1, (1, 1))],
+)
+def test_defaults_fit_a_small_model_or_cache(llama, options: dict, batch_size: int, expected: tuple[int, int]):
+    decoder = Decoder(llama, **{"cache_tokens": 4096, **options})
+    if expected == (1, 1):
+        with pytest.raises(ValueError, match="context is 1; here it must be from 1 to 0"):
+            decoder.explain(batch_size)
+        return
+    found = decoder.explain(batch_size)
+    assert (found.context, found.steps) == expected
