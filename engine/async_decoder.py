@@ -31,6 +31,7 @@ from .outputs import RequestOutput, StreamEvent
 from .params import SamplingParams
 from .prompts import Prompts
 from .request import Submission
+from .stats import Stats
 
 logger = logging.getLogger("engine.async_decoder")
 
@@ -67,8 +68,7 @@ class AsyncDecoder:
     Args:
         decoder: a ``Decoder``, which is this one's from now on (its attributes may be read, its methods not called), or what ``Decoder``
             takes as a model.
-        max_waiting: most requests that are unfinished and do not run (samples of one prompt count as one); a call that finds so many raises
-            ``QueueFull``.
+        max_waiting: most requests that are unfinished and do not run; a call that finds so many raises ``QueueFull``.
         **decoder_options: as for ``Decoder``, where ``decoder`` is a model.
 
     Attributes:
@@ -160,6 +160,14 @@ class AsyncDecoder:
             return False
         self._worker.abort(call)
         return True
+
+    def stats(self) -> Stats:
+        """``Decoder.stats``. From any thread."""
+        return self.decoder.stats()
+
+    async def reset_prefix_cache(self) -> None:
+        """``Decoder.reset_prefix_cache``, between two steps."""
+        await asyncio.wrap_future(self._worker.ask(self.decoder.reset_prefix_cache))
 
     async def drain(self) -> None:
         """Take no more requests, and return when those that are there have ended. It may be awaited again, and ``close`` may follow."""
@@ -267,7 +275,8 @@ class _Worker:
         self._names = (f"request-{i}" for i in itertools.count(1))
         self._refusal: str | None = None  # why no more calls are taken
         self._failure: BaseException | None = None  # what the loop has stopped by
-        self._draining = False
+        self._draining = self._stopping = False
+        self._asked: set[concurrent.futures.Future[None]] = set()  # questions to the loop's thread; changed under the lock
         self._drained: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._stopped: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._process = os.getpid()
@@ -290,7 +299,7 @@ class _Worker:
                 raise DecoderClosed(self._refusal) from self._failure
             if request_id in self.calls:
                 raise ValueError(f"request_id is {request_id!r}, which an unfinished call has; it must be another")
-            num_waiting = self._num_entering + len(self.decoder.loop.scheduler.waiting)
+            num_waiting = self._num_entering + self.decoder.loop.scheduler.num_waiting
             if num_waiting >= self.max_waiting:
                 raise QueueFull(f"{num_waiting} requests are waiting, and max_waiting is {self.max_waiting}; try again later")
             if request_id is None:
@@ -304,6 +313,16 @@ class _Worker:
         """End a call, if it has not ended. Takes no lock."""
         call.aborted = True
         self._commands.put(functools.partial(self._abort, call))
+
+    def ask(self, function: Callable[[], None]) -> concurrent.futures.Future[None]:
+        """Have the loop's thread call it between two steps."""
+        future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        with self._lock:
+            if self._stopping:
+                raise DecoderClosed(self._refusal) from self._failure
+            self._asked.add(future)
+            self._commands.put(functools.partial(self._answer, future, function))
+        return future
 
     def drain(self) -> concurrent.futures.Future[None]:
         """Refuse further calls; resolved when all have ended."""
@@ -388,6 +407,17 @@ class _Worker:
                 call.done = True
         _wake([call])
 
+    def _answer(self, future: concurrent.futures.Future[None], function: Callable[[], None]) -> None:
+        with self._lock:
+            self._asked.remove(future)
+        if future.set_running_or_notify_cancel():
+            try:
+                function()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
     def _abort(self, call: _Call) -> None:
         if call.admitted and not call.done and call.submission is not None:
             self.decoder.abort(call.submission)
@@ -425,9 +455,12 @@ class _Worker:
         if failure is not None:
             reason = f"the decoding loop has stopped: {type(failure).__name__}: {failure}"
         with self._lock:
-            self._refusal, self._failure = reason, failure
+            self._refusal, self._failure, self._stopping = reason, failure, True
             left = list(self.calls.values())
             self.calls.clear()
+        for future in self._asked:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(DecoderClosed(reason))
         for call in left:
             call.error = DecoderClosed(reason if failure else "this AsyncDecoder was closed before the request was admitted")
             call.error.__cause__ = failure

@@ -16,7 +16,7 @@ import json
 import signal
 from typing import Any
 
-from engine import AsyncDecoder, Decoder, DecoderClosed, QueueFull
+from engine import AsyncDecoder, Decoder, DecoderClosed, QueueFull, RequestStream
 
 MAX_LINE = 1 << 20  # bytes
 MAX_REQUESTS = 32  # of a connection at the same time
@@ -59,19 +59,23 @@ class Connection:
         elif name in self.tasks or len(self.tasks) == MAX_REQUESTS:
             await self.send({"id": name, "error": f"the id is in use, or {MAX_REQUESTS} requests are"})
         else:
-            task = self.tasks[name] = asyncio.create_task(self.answer(name, prompt, asked))
-            task.add_done_callback(lambda _: (self.tasks.pop(name), self.ids.pop(name, None)))
-
-    async def answer(self, name: str, prompt: str, options: dict[str, Any]) -> None:
-        try:
-            stream = self.decoder.stream(prompt, **options)
+            try:
+                stream = self.decoder.stream(prompt, **asked)
+            except (ValueError, TypeError, QueueFull, DecoderClosed) as error:
+                await self.send({"id": name, "error": str(error)})
+                return
             self.ids[name] = stream.request_id
+            task = self.tasks[name] = asyncio.create_task(self.answer(name, stream))
+            task.add_done_callback(lambda _: (self.tasks.pop(name), self.ids.pop(name)))
+
+    async def answer(self, name: str, stream: RequestStream) -> None:
+        try:
             async for event in stream:
                 if event.text:
                     await self.send({"id": name, "text": event.text})
                 if (output := event.output) is not None:
                     await self.send({"id": name, "finish_reason": output.finish_reason, "error": output.error})
-        except (ValueError, TypeError, QueueFull, DecoderClosed) as error:
+        except (ValueError, TypeError, DecoderClosed) as error:
             await self.send({"id": name, "error": str(error)})
         except ConnectionError:
             pass

@@ -44,19 +44,20 @@ def make_app(model: str | None) -> FastAPI:
     async def complete(completion: Completion) -> StreamingResponse:
         decoder: AsyncDecoder = app.state.decoder
         try:
-            stream = decoder.stream(**completion.model_dump())
+            stream = decoder.stream(completion.prompt, **completion.model_dump(exclude={"prompt"}))
             await stream.admitted()  # whatever is wrong with the request shows before the reply begins
         except QueueFull as error:
             raise HTTPException(429, str(error), {"retry-after": "1"}) from None
         except DecoderClosed as error:
             raise HTTPException(503, str(error)) from None
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise HTTPException(400, str(error)) from None
         return StreamingResponse(text_of(stream), media_type="text/plain; charset=utf-8")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"model": app.state.decoder.decoder.name}
+        stats = app.state.decoder.stats()
+        return {"model": app.state.decoder.decoder.name, "running": stats.num_running, "waiting": stats.num_waiting}
 
     return app
 

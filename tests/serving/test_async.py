@@ -214,10 +214,10 @@ def test_one_wake_up_for_each_step_and_event_loop(served: Make) -> None:
             return plain(*args, **kwargs)
 
         loop.call_soon_threadsafe = counting  # type: ignore[method-assign]
-        before = decoder.decoder.loop.num_steps
+        before = decoder.stats().num_steps
         streams = [decoder.stream([i + 1], max_new_tokens=30, ignore_eos=True) for i in range(8)]
         events = await asyncio.gather(*map(read, streams))
-        steps = decoder.decoder.loop.num_steps - before
+        steps = decoder.stats().num_steps - before
         assert sum(map(len, events)) == 240
         assert wake_ups <= steps + len(streams) < 100  # beside one for each step, at most one for each admission
 
@@ -304,6 +304,39 @@ def test_leaving_a_stream_aborts_it(served: Make) -> None:
         assert len(finished()) == 7 and reasons.count("length") == 0
 
     run(left())
+
+
+def test_stats_and_the_prefix_cache(served: Make, alone: Decoder) -> None:
+    decoder, gate = served(prefix_cache=True, max_batch_size=1), Gate()
+    prompt = list(range(3, 60))
+
+    async def twice() -> None:
+        cached = []
+        for _ in range(2):
+            (output,) = await decoder.generate(prompt, max_new_tokens=5)
+            assert results([output]) == results(alone.generate(prompt, max_new_tokens=5))
+            cached.append(output.metrics.num_cached_tokens)
+        assert cached == [0, 48]
+        assert decoder.stats().num_cached_blocks == 3
+        held = asyncio.create_task(decoder.generate(prompt, max_new_tokens=2, logits_processor=gate))
+        await gate.until_reached()
+        waiting = asyncio.create_task(decoder.generate([1], max_new_tokens=2))
+        resetting = asyncio.create_task(decoder.reset_prefix_cache())
+        await asyncio.sleep(0.01)
+        stats = decoder.stats()  # in the middle of a step
+        assert stats.num_running == 1 and not resetting.done()
+        gate.open()
+        await asyncio.gather(held, waiting, resetting)
+        await decoder.generate(prompt, max_new_tokens=1, cache_salt="another's")
+        await decoder.reset_prefix_cache()
+        await until_idle(decoder)
+        assert decoder.stats().num_cached_blocks == 0
+        assert decoder.stats().num_finished["length"] == 5
+        await decoder.close()
+        with pytest.raises(DecoderClosed, match="is closed"):
+            await decoder.reset_prefix_cache()
+
+    run(twice())
 
 
 def test_one_reader_at_a_time(served: Make) -> None:

@@ -170,7 +170,7 @@ def test_a_loop_that_stops_fails_everybody(llama, monkeypatch: pytest.MonkeyPatc
     decoder = AsyncDecoder(llama, cache_tokens=512, max_batch_size=2)
     scheduler, gate = decoder.decoder.loop.scheduler, Gate()
 
-    def failing_plan():
+    def failing_plan(*_):
         raise error
 
     said = f"the decoding loop has stopped: {type(error).__name__}: {error}"
