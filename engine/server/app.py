@@ -36,7 +36,7 @@ PAGE = Path(__file__).parent / "page.html"
 def create_app(settings: Settings) -> FastAPI:
     """A server without a model: ``app.state.server.serve(decoder)`` gives it one."""
     app = FastAPI(
-        title="decoding-engine", version=VERSION, docs_url=None, redoc_url=None,
+        title="decoding-engine", version=VERSION, redirect_slashes=False, docs_url=None, redoc_url=None,
         responses={"default": {"model": ErrorReply, "description": "What is wrong, in one sentence."}},
     )  # fmt: skip
     state = app.state.server = ServerState(settings)
@@ -181,16 +181,12 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
         "params": params, "request_id": request_id, "priority": call.priority, "timeout": timeout, "cache_salt": call.cache_salt
     }  # fmt: skip
     try:
-        if not call.stream:
+        if call.stream:
+            events = served.decoder.stream(ids, **options)
+            # Its first event is waited for, so that what fails before it has an HTTP status.
+            first = await while_connected(request.receive, anext(events))
+        else:
             outputs = await while_connected(request.receive, served.decoder.generate(ids, **options))
-            _note(state, record, outputs)
-            for output in outputs:
-                if failed := failure(output):
-                    raise failed
-            return json_response(reply.whole(outputs))
-        events = served.decoder.stream(ids, **options)
-        # Its first event is waited for, so that what fails before it has an HTTP status.
-        first = await while_connected(request.receive, anext(events))
     except QueueFull as error:
         raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
     except DecoderClosed as error:
@@ -200,11 +196,17 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
         raise ApiError(503, str(error)) from None
     except (ValueError, TypeError, ImportError) as error:
         raise bad_request(error, call) from None
-    if first.output is not None and (failed := failure(first.output)):
-        events.abandon()
-        _note(state, record, [first.output])
-        raise failed
-    return EventStream(_chunks(state, record, reply, events, first), events)
+    if call.stream:
+        if first.output is not None and (failed := failure(first.output)):
+            events.abandon()
+            _note(state, record, [first.output])
+            raise failed
+        return EventStream(_chunks(state, record, reply, events, first), events)
+    _note(state, record, outputs)
+    for output in outputs:
+        if failed := failure(output):
+            raise failed
+    return json_response(reply.whole(outputs))
 
 
 async def _chunks(

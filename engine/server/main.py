@@ -6,10 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import h11
@@ -56,10 +58,6 @@ class Connection(H11Protocol):
 
     def _await_head(self) -> None:
         self.timer = self.loop.call_later(self._settings.head_timeout, self.transport.abort)
-
-    def on_response_complete(self) -> None:
-        self._stop_timers("timer")
-        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -120,7 +118,8 @@ def server_config(app: FastAPI) -> uvicorn.Config:
     """How the app is to be run, whoever runs it."""
     return uvicorn.Config(
         app, http=Connection, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=FLUSH_SECONDS, h11_max_incomplete_event_size=32 * 1024,
+        timeout_keep_alive=math.ceil(app.state.server.settings.head_timeout), timeout_graceful_shutdown=FLUSH_SECONDS,
+        h11_max_incomplete_event_size=32 * 1024,
     )  # fmt: skip
 
 
@@ -130,13 +129,24 @@ def serve(arguments: argparse.Namespace, settings: Settings, load: Callable[[], 
     handler.setFormatter(LogLines(arguments.log_format))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logger.setLevel(logging.INFO)
-    with _listen(arguments.host, arguments.port) as listener:
+    with _listen(arguments.host, arguments.port) as listener, _left_by_signals():
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"listening on http://{shown}:{port}", flush=True)
         if not settings.api_keys and host not in ("127.0.0.1", "::1"):
             logger.warning("other machines can reach this server and no API key is asked for; see --api-key")
         return asyncio.run(_Process(settings, arguments, load).run(listener))
+
+
+@contextlib.contextmanager
+def _left_by_signals() -> Iterator[None]:
+    """Before uvicorn listens to signals, and when it does no more, nothing is left to wait for."""
+    before = {sig: signal.signal(sig, lambda *_: _leave(0)) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -204,5 +214,4 @@ class _Process:
 def _leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-
     os._exit(status)

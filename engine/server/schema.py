@@ -30,8 +30,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def about_field(name: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("field", "{message}", {"message": message, "field": name})
+def about_field(name: str, problem: str) -> PydanticCustomError:
+    name = name[:100].encode("utf-8", "backslashreplace").decode()  # JSON can name a field by what is no text
+    return PydanticCustomError("field", "{field} {problem}", {"field": name, "problem": problem})
 
 
 class Call(BaseModel):
@@ -47,25 +48,19 @@ class Call(BaseModel):
     def _known_fields(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             raise ValueError("it must be an object")
+        fields = [field.alias or name for name, field in cls.model_fields.items()]
         known = {}
         for name, value in values.items():
+            if name not in fields and name not in cls.ignored and name not in cls.refused:
+                near = difflib.get_close_matches(name[:100], fields, n=1)
+                raise about_field(name, f"is not a known field{f'; did you mean {near[0]}?' if near else ''}")
             if value is None or name in cls.ignored:
-                if name not in cls.model_fields and name not in cls.ignored and name not in cls.refused:
-                    raise cls._unknown(name)
-            elif name in cls.refused:
-                if value not in cls.refused[name]:
-                    raise about_field(name, f"{name} is given; this server does not support it")
-            elif name not in cls.model_fields:
-                raise cls._unknown(name)
-            else:
+                continue
+            if name not in cls.refused:
                 known[name] = value
+            elif value not in cls.refused[name]:
+                raise about_field(name, "is given; this server does not support it")
         return known
-
-    @classmethod
-    def _unknown(cls, name: str) -> PydanticCustomError:
-        name = name[:100]
-        near = difflib.get_close_matches(name, cls.model_fields, n=1)
-        return about_field(name, f"{name} is not a known field{f'; did you mean {near[0]}?' if near else ''}")
 
 
 def _check_prompt(value: Any) -> Any:
@@ -131,15 +126,6 @@ class JsonSchema(Call):
 
     name: str = ""
     schema_: dict[str, Any] | bool = Field(True, alias="schema")
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            raise ValueError("it must be an object")
-        return {name: value for name, value in values.items() if value is not None and name not in cls.ignored}
 
 
 class ResponseFormat(Call):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..async_decoder import AsyncDecoder
+from ..option_checks import check_text
 from ..tokenizer import Tokenizer
 from .chat import ChatError, ChatTemplate, load_template
 from .convert import split_prompt
@@ -84,7 +85,7 @@ class ServerState:
         return self._served
 
     def stats(self) -> Stats | None:
-        return None if self._served is None else self._served.decoder.decoder.stats()
+        return None if self._served is None else self._served.decoder.stats()
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.settings.model:
@@ -97,17 +98,21 @@ class ServerState:
         if isinstance(call, CompletionCall):
             return self._completion_prompts(call, served.tokenizer)
         if call.messages is None:
-            assert isinstance(call, TokenizeCall)
-            return [served.tokenizer.encode(call.prompt or "")], []
+            assert isinstance(call, TokenizeCall) and call.prompt is not None
+            return [served.tokenizer.encode(_unicode(call.prompt, "prompt"))], []
         options = call.chat_template_kwargs if isinstance(call, ChatCall) else {}
-        text = _render(served.template, call.messages, options)
+        text = _unicode(_render(served.template, call.messages, options), "messages")
         return self._limited([served.tokenizer.encode_piece(text)], "messages"), []
 
     def _completion_prompts(self, call: CompletionCall, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
         given = split_prompt(call.prompt)
-        ids = self._limited([tokenizer.encode(one) if isinstance(one, str) else one for one in given], "prompt")
-        texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in given] if call.echo else []
-        return ids, texts
+        ids = [tokenizer.encode(_unicode(one, "prompt")) if isinstance(one, str) else one for one in given]
+        ids = self._limited(ids, "prompt")
+        if not call.echo:
+            return ids, []
+        # Ids that cannot be are refused with the call, in a moment; they have no text.
+        vocab_size = self.served.decoder.decoder.config.vocab_size
+        return ids, [one if isinstance(one, str) else tokenizer.decode([t for t in one if 0 <= t < vocab_size]) for one in given]
 
     def _limited(self, prompts: list[list[int]], param: str) -> list[list[int]]:
         limit = self.settings.max_prompt_tokens
@@ -116,6 +121,15 @@ class ServerState:
             message = f"{param} has {longest} tokens; this server takes at most {limit}"
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return prompts
+
+
+def _unicode(text: str, param: str) -> str:
+    """The text; ``ApiError`` for what JSON can write and UTF-8 cannot."""
+    try:
+        check_text(param, text)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=param) from None
+    return text
 
 
 def _render(template: ChatTemplate | None, messages: list[Message], options: dict[str, object]) -> str:

@@ -19,8 +19,10 @@ from engine.server.main import server_config
 from engine.server.settings import Settings
 from engine.server.state import ServerState
 
-SECONDS = 60  # what "hangs" means here: a busy machine takes seconds
-TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{{ lead | default('') }}{% endif %}"
+SECONDS = 120  # what "hangs" means here: a busy machine takes seconds
+TEMPLATE = (
+    "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}{{ lead | default('') }}{% endif %}"
+)
 
 
 class Running:
@@ -72,11 +74,11 @@ class Running:
             del decoder.step
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], pause: float = 0.002) -> None:
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "it does not come to be"
-        time.sleep(0.001)
+        time.sleep(pause)
 
 
 @contextlib.contextmanager

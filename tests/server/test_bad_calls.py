@@ -104,6 +104,7 @@ def test_a_field_that_cannot_be(server: Running, path: str, fields: dict[str, An
         (COMPLETIONS, {"prompt": 5}, "prompt"),
         (COMPLETIONS, {"prompt": [4096]}, "prompt"),
         (COMPLETIONS, {"prompt": [2**80]}, "prompt"),
+        (COMPLETIONS, {"prompt": [2**80], "echo": True}, "prompt"),
         (COMPLETIONS, {"prompt": ["x"] * 65}, "prompt"),
         (COMPLETIONS, {"prompt": "x " * 3000}, "prompt"),
         (COMPLETIONS, {"prompt": ["x"] * 40, "n": 10}, "n"),
@@ -167,7 +168,9 @@ def test_tokens_there_and_back(server: Running) -> None:
 
 
 def test_limits_are_the_servers(alone) -> None:
-    with running(max_prompt_tokens=5, max_prompts=2, max_sequences=3, max_logprobs=1, model=("small", "tiny"), request_timeout=30) as server:
+    with running(
+        max_prompt_tokens=5, max_prompts=2, max_sequences=3, max_logprobs=1, model=("small", "tiny"), request_timeout=30
+    ) as server:
         is_error(server.post(prompt="one two three four five six"), 400, "at most 5", param="prompt")
         is_error(server.post(CHAT, messages=[{"role": "user", "content": "one two three"}]), 400, "at most 5", param="messages")
         is_error(server.post(prompt=["a"] * 3), 400, "at most 2", param="prompt")
