@@ -116,7 +116,7 @@ class Client:
 
     def __init__(
         self, url: str, *, model: str | None = None, api_key: str | None = None, timeout: float = 300.0,
-        word: Callable[[int], str] = "t{}".format,
+        word: Callable[[int], str] = "t{} ".format,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -159,7 +159,7 @@ class Client:
 
     async def exchange(self, job: Job, submitted: float | None = None) -> Exchange:
         """The same, not read yet."""
-        prompt: Any = job.prompt if self._as_ids else " ".join(map(self._word, job.prompt))
+        prompt: Any = job.prompt if self._as_ids else "".join(map(self._word, job.prompt))
         body = json.dumps(
             {
                 "model": self.model, "prompt": prompt, "max_tokens": job.new_tokens, "temperature": 0.0, "stream": True,

@@ -167,8 +167,8 @@ def test_the_client_sends_what_servers_of_the_api_take() -> None:
     [
         (lambda body: True, "token ids", [5, 6, 7], True),
         (lambda body: "ignore_eos" not in body, "token ids", [5, 6, 7], False),
-        (lambda body: isinstance(body["prompt"], str), "text", "t5 t6 t7", True),
-        (lambda body: isinstance(body["prompt"], str) and "ignore_eos" not in body, "text", "t5 t6 t7", False),
+        (lambda body: isinstance(body["prompt"], str), "text", "t5 t6 t7 ", True),
+        (lambda body: isinstance(body["prompt"], str) and "ignore_eos" not in body, "text", "t5 t6 t7 ", False),
     ],
 )
 def test_the_form_of_prompts_is_what_the_server_takes(takes: Callable[[Any], bool], form: str, prompt: Any, ignores: bool) -> None:
