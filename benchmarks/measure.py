@@ -95,6 +95,12 @@ class Setting:
     device: str = "cpu"
     peers: list[Remote] = field(default_factory=list)
     models: tuple[str, ...] = ("S", "M")  # of the random models, those that the decode suite runs
+    # Of the serving suite: the peers it may ask, what to measure instead of them and ours, and the share of its prompts that begin alike.
+    wanted: tuple[str, ...] = ()
+    server: str | None = None
+    server_model: str | None = None
+    api_key: str | None = None
+    shared_prompts: float = 0.0
 
 
 def interleaved(

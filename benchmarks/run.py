@@ -1,5 +1,6 @@
-"""Every benchmark, one command: ``python benchmarks/run.py [--suite kernels|decode|sampling|beam|speculative|scaling|all] [--full]
-[--models S|M|S,M] [--device cpu|cuda] [--peers auto|none|NAME,NAME] [--out FILE.json] [--against FILE.json] [--explain]``.
+"""Every benchmark, one command: ``python benchmarks/run.py [--suite kernels|decode|sampling|beam|speculative|scaling|serving|all]
+[--full] [--models S|M|S,M] [--device cpu|cuda] [--peers auto|none|NAME,NAME] [--server URL [--server-model NAME] [--api-key KEY]]
+[--shared-prompts SHARE] [--out FILE.json] [--against FILE.json] [--explain]``.
 
 The limits of the machine are measured first; contenders run in turn, round after round, and the tables give medians. ``--quick``, the
 default, has fewer cases and rounds and takes less than two minutes (the first time longer: peers convert the models); ``--full`` is the
@@ -21,10 +22,10 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "script
 import against  # noqa: E402
 import torch  # noqa: E402
 from measure import Machine, Setting, write_json  # noqa: E402
-from peers.remote import find  # noqa: E402
+from peers.remote import find, wanted_names  # noqa: E402
 
 # Each is a module suite_*.py with run(setting), and plot() where it draws figures.
-SUITES = ("kernels", "decode", "sampling", "beam", "speculative", "scaling")
+SUITES = ("kernels", "decode", "sampling", "beam", "speculative", "scaling", "serving")
 ON_CUDA = ("sampling",)
 WITH_PEERS = ("decode", "beam")
 
@@ -38,6 +39,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}")
     parser.add_argument("--peers", default="auto", help="other engines: auto (those installed), none, or names with commas")
     parser.add_argument("--models", choices=("S", "M", "S,M"), help="random models of the decode suite; default: S, with --full both")
+    parser.add_argument("--server", metavar="URL", help="measure in the serving suite this server of OpenAI's API, which runs already")
+    parser.add_argument("--server-model", metavar="NAME", help="what to ask it for; default: the first model that it lists")
+    parser.add_argument("--api-key", metavar="KEY", help="that it asks for")
+    parser.add_argument("--shared-prompts", type=float, default=0.0, metavar="SHARE", help="of the serving suite's mix that begin alike")
     parser.add_argument("--out", type=Path, help="write the results here as JSON, and figures beside it")
     parser.add_argument("--against", type=Path, help="an earlier JSON: print how many times as fast this run is, entry by entry")
     parser.add_argument("--explain", action="store_true", help="print where the time of a step goes, and run no suite unless one is named")
@@ -49,6 +54,12 @@ def main() -> None:
         names = tuple(name for name in names if name in ON_CUDA)
         if not names:
             parser.error(f"on cuda there is only the suite {', '.join(ON_CUDA)}, not {arguments.suite}")
+    try:
+        wanted = wanted_names(arguments.peers)
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 <= arguments.shared_prompts <= 1:
+        parser.error(f"--shared-prompts is {arguments.shared_prompts}; it must be from 0 to 1")
     if arguments.out and importlib.util.find_spec("matplotlib") is None:
         parser.error("--out writes figures too, for which matplotlib is missing: pip install -e .[bench]")
     earlier = None
@@ -61,15 +72,14 @@ def main() -> None:
 
     machine = Machine()
     print(f"limits: {machine.read_bandwidth / 1e9:.1f} GB/s read, {machine.flop_rate / 1e9:.0f} GFLOP/s float32")
-    wanted = arguments.peers if any(name in WITH_PEERS for name in names) else "none"
-    try:
-        peers, absent = find(wanted, torch.get_num_threads())
-    except ValueError as error:
-        parser.error(str(error))
+    peers, absent = find(wanted if any(name in WITH_PEERS for name in names) else (), torch.get_num_threads())
     for name, why in absent.items():
         print(f"peer {name} does not take part: {why}")
     models = tuple((arguments.models or ("S,M" if arguments.full else "S")).split(","))
-    setting = Setting(machine, quick=not arguments.full, device=arguments.device, peers=peers, models=models)
+    setting = Setting(
+        machine, quick=not arguments.full, device=arguments.device, peers=peers, models=models, wanted=wanted, server=arguments.server,
+        server_model=arguments.server_model, api_key=arguments.api_key, shared_prompts=arguments.shared_prompts,
+    )  # fmt: skip
     suites = {name: importlib.import_module(f"suite_{name}") for name in names}
     try:
         results = {name: suite.run(setting) for name, suite in suites.items()}

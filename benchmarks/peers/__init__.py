@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Protocol
 
 NAMES = ("transformers", "llama_cpp", "ctranslate2", "openvino_genai", "onnxruntime_genai")
+# In the serving suite: an adapter of this package, and the servers of `servers.py`.
+BATCHING = ("transformers_batching",)
+SERVERS = ("llama_cpp", "vllm")
+ALL = tuple(dict.fromkeys(NAMES + BATCHING + SERVERS))
 # What the weights are held in. int8 and int4 are the peer's own formats of that many bits; what it computes in is its own affair, but for
 # fp32: there everything is float32.
 DTYPES = ("fp32", "bf16", "fp16", "int8", "int4")
@@ -90,6 +94,6 @@ def converted(folder: Path, label: str, build: Callable[[Path], None]) -> Path:
 
 def make(name: str) -> Peer:
     """The adapter of that name."""
-    if name not in NAMES:
-        raise ValueError(f"peer {name!r}: must be one of {', '.join(NAMES)}")
+    if name not in NAMES + BATCHING:
+        raise ValueError(f"peer {name!r}: must be one of {', '.join(NAMES + BATCHING)}")
     return importlib.import_module(f"{__name__}.{name}").Adapter()

@@ -135,9 +135,13 @@ class Adapter:
             self._model = None
 
 
-def write_gguf(folder: Path, path: Path) -> None:
-    """The Hugging Face Llama in ``folder`` as a float32 GGUF file without a vocabulary. llama.cpp rotates neighbouring components where
-    Hugging Face rotates halves, so that rows of q and k change places within each head."""
+def write_gguf(folder: Path, path: Path, words: bool = False) -> None:
+    """The Hugging Face Llama in ``folder`` as a float32 GGUF file. llama.cpp rotates neighbouring components where Hugging Face rotates
+    halves, so that rows of q and k change places within each head.
+
+    Args:
+        words: with a vocabulary in which token i is the text ``t<i>`` and a space, else without one.
+    """
     import json
 
     import gguf
@@ -157,7 +161,13 @@ def write_gguf(folder: Path, path: Path) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_rope_freq_base((config.get("rope_parameters") or config).get("rope_theta", 10_000.0))
-    writer.add_tokenizer_model("no_vocab")
+    if words:
+        writer.add_tokenizer_model("rwkv")  # takes the longest token that the text goes on with
+        writer.add_token_list([f"t{i} ".encode() for i in range(config["vocab_size"])])
+        writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+        writer.add_add_bos_token(False)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     names = {
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight",
     } | {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers import NAMES, Timing
+from peers import ALL, NAMES, Timing
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 
@@ -90,16 +90,23 @@ class Remote:
         return reply["result"]
 
 
-def find(wanted: str, num_threads: int) -> tuple[list[Remote], dict[str, str]]:
-    """The peers that ``--peers`` asks for, started; and of those that are not there, why. ``wanted``: auto, none, or names with commas."""
-    if wanted == "none":
-        return [], {}
-    names = NAMES if wanted == "auto" else tuple(wanted.split(","))
+def wanted_names(wanted: str) -> tuple[str, ...]:
+    """The peers that ``--peers`` asks for: all where it is auto, none where it is none, or names with commas."""
+    if wanted in ("auto", "none"):
+        return ALL if wanted == "auto" else ()
+    names = tuple(wanted.split(","))
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f"--peers {wanted}: {name!r} must be one of {', '.join(NAMES)}, or the whole auto or none")
+        if name not in ALL:
+            raise ValueError(f"--peers {wanted}: {name!r} must be one of {', '.join(ALL)}, or the whole auto or none")
+    return names
+
+
+def find(names: Sequence[str], num_threads: int) -> tuple[list[Remote], dict[str, str]]:
+    """Of these peers those that decode here, started; and of those that are not there, why."""
     found, absent = [], {}
     for name in names:
+        if name not in NAMES:
+            continue
         try:
             peer = Remote(name, num_threads)
         except PeerError as error:

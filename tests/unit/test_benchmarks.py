@@ -13,8 +13,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import against
 import measure
 import suite_decode
-from peers import NAMES, converted, make
-from peers.remote import PeerError, Remote, find
+from peers import ALL, BATCHING, NAMES, converted, make
+from peers.remote import PeerError, Remote, find, wanted_names
 
 
 def summary(median: float) -> dict[str, float]:
@@ -129,7 +129,7 @@ def test_tables_and_aims_are_against_the_best_peer(capsys: pytest.CaptureFixture
 # ---- peers ----
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + BATCHING)
 def test_every_peer_says_whether_it_can_run(name: str) -> None:
     peer = make(name)
     why = peer.unavailable()
@@ -140,13 +140,15 @@ def test_unknown_peers_are_named() -> None:
     with pytest.raises(ValueError, match="peer 'vllm': must be one of transformers,"):
         make("vllm")
     with pytest.raises(ValueError, match="--peers transformers,nobody: 'nobody' must be one of"):
-        find("transformers,nobody", 1)
-    assert find("none", 1) == ([], {})
+        wanted_names("transformers,nobody")
+    assert wanted_names("transformers,vllm") == ("transformers", "vllm")
+    assert wanted_names("auto") == ALL and wanted_names("none") == ()
+    assert find(["vllm"], 1) == ([], {})  # a server, and none that decodes here
 
 
 def test_a_peer_in_a_python_that_is_not_there_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ENGINE_PEERS_LLAMA_CPP", str(tmp_path / "python"))
-    found, absent = find("llama_cpp", 1)
+    found, absent = find(["llama_cpp"], 1)
     assert found == [] and absent["llama_cpp"].startswith("llama_cpp: cannot start")
 
 
