@@ -1,6 +1,6 @@
 """A decoding engine for PyTorch language models: ``Decoder(model).generate(...)``."""
 
-from .async_decoder import AsyncDecoder, DecoderClosed, QueueFull, RequestStream
+from .async_decoder import AsyncDecoder, RequestStream
 from .decoder import Decoder
 from .drafters.draft import Draft, Drafter
 from .drafters.lookup import PromptLookup, SuffixLookup
@@ -9,6 +9,7 @@ from .kernels import get_num_threads, set_num_threads
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
 from .params import BeamParams, SamplingParams
 from .stats import Stats
+from .step_threads import DecoderClosed, QueueFull
 
 __version__ = "0.1.0"
 

@@ -19,8 +19,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..async_decoder import DecoderClosed, QueueFull, RequestStream
+from ..async_decoder import RequestStream
 from ..outputs import RequestOutput, StreamEvent
+from ..step_threads import DecoderClosed, QueueFull
 from .convert import bad_request, check_limits, to_params
 from .errors import ApiError, failure, json_response, shutting_down
 from .gate import Gate, Record

@@ -236,7 +236,7 @@ def python(script: str) -> subprocess.CompletedProcess[str]:
 
 BEGIN = """
 import asyncio, os, sys, threading, time
-from engine import AsyncDecoder, Decoder, async_decoder
+from engine import AsyncDecoder, Decoder, step_threads
 decoder = AsyncDecoder(Decoder.bundled(cache_tokens=4096))
 kept = []
 async def main():
@@ -258,7 +258,7 @@ def test_the_interpreter_waits_only_so_long_for_a_step() -> None:
     done = python(
         BEGIN
         + """
-async_decoder.EXIT_SECONDS = 0.2
+step_threads.EXIT_SECONDS = 0.2
 reached = threading.Event()
 def sleeps(token_ids, logits):
     reached.set()

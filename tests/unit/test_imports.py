@@ -18,6 +18,7 @@ LAYERS = (
     ("engine.__main__", "engine.cli"),
     ("engine.server",),
     ("engine.async_decoder",),
+    ("engine.step_threads",),
     ("engine.decoder",),
     ("engine.loop",),
     (
