@@ -56,7 +56,7 @@ class Sizes:
     seconds: float  # of arrivals at each rate
 
 
-FULL = Sizes(32, 128, 3, 2, 8, 1000, 3.0, 4, 1536, {}, 32, 48, RATES, 10.0)
+FULL = Sizes(32, 128, 3, 2, 8, 1000, 3.0, 4, 1536, {}, 32, 96, RATES, 30.0)
 QUICK = Sizes(16, 128, 1, 1, 4, 450, 1.0, 2, 1024, {"prompt_mean": 64.0, "output_mean": 48.0}, 8, 24, (0.5,), 4.0)
 
 
