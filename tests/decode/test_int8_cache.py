@@ -22,7 +22,7 @@ def decoder(**options) -> Decoder:
 
 def test_near_the_exact_cache():
     exact = Decoder(small_llama(seed=6), cache_tokens=1024)
-    assert decoder().cache.dtype == torch.int8
+    assert decoder().loop.cache.dtype == torch.int8
     a, b = ([o.logprobs[0] for o in d.generate(PROMPTS, max_new_tokens=1)] for d in (decoder(), exact))
     assert a != b
     assert a == pytest.approx(b, abs=0.05)
