@@ -337,7 +337,8 @@ def aims(batches: list[dict[str, Any]], bursts: list[dict[str, Any]]) -> list[di
 
 
 def plot(results: dict[str, Any], out: Path) -> list[Path]:
-    """Curves of the times at each load, and what was done and was good over what was offered."""
+    """Curves of the times at each load, and what was done and was good over what was offered; what is done after the last arrival counts,
+    and so does the time that it takes, so that a short run lies below what it was offered."""
     import matplotlib.pyplot as plt
 
     files = []
@@ -361,6 +362,9 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
         offered = [entry["offered_rate"] for entry in here]
         axis.plot(offered, [entry["requests_per_second"] for entry in here], marker="o", ms=4, color=f"C{i}", label=f"{name}, done")
         axis.plot(offered, [entry["goodput_per_second"] for entry in here], marker="o", ms=4, ls=":", color=f"C{i}", label=f"{name}, good")
+    most = max((entry["offered_rate"] for entry in results["load"] if entry["offered_rate"]), default=1.0)
+    axis.plot([0, most], [0, most], color="black", lw=1, ls=":", label="offered")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("requests/s offered")
     axis.set_ylabel("requests/s")
     axis.legend(fontsize=8)
