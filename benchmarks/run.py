@@ -3,8 +3,8 @@
 [--shared-prompts SHARE] [--out FILE.json] [--against FILE.json] [--explain]``.
 
 The limits of the machine are measured first; contenders run in turn, round after round, and the tables give medians. ``--quick``, the
-default, has fewer cases and rounds and takes less than two minutes (the first time longer: peers convert the models); ``--full`` is the
-real thing.
+default, has fewer cases and rounds and takes about two minutes (the first time longer: peers convert the models); ``--full`` is the real
+thing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="fewer cases and rounds, less than two minutes in all (default)")
+    length.add_argument("--quick", action="store_true", help="fewer cases and rounds, about two minutes in all (default)")
     length.add_argument("--full", action="store_true", help="all cases")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}")
     parser.add_argument("--peers", default="auto", help="other engines: auto (those installed), none, or names with commas")

@@ -1,8 +1,9 @@
 """Serving under load: a server with the random model S in float32 (or any server of OpenAI's API, ``--server``), and a client that sends
 it requests as many users would.
 
-Three parts. A batch of equal requests at once, beside the same batch decoded offline and by transformers' continuous batching; long prompts
-that come while others decode; and a mix of lengths as in a chat, in a closed loop and by chance at several rates. `load.py` is the client.
+Three parts. A batch of equal requests at once, beside the same batch decoded offline and, in the full run, by transformers' continuous
+batching and the servers of peers; long prompts that come while others decode; and a mix of lengths as in a chat, in a closed loop and by
+chance at several rates. `load.py` is the client.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from tqdm import tqdm
 
 SHAPE = "S"
 TARGET = Target(first_token=1.0, inter_token=0.1)
-PROMPT = 128
+PROMPT, WARM_TOKENS = 128, 4
 OTHER_VOCAB, OTHER_LONGEST = 1000, 1024  # what every model has, for servers of which nothing is known
 BATCH_AIMS = {"offline": 0.9, BATCHING[0]: 2.0}  # output tokens/s of our server over theirs
 BURST_AIM = 3.0  # times the median between tokens
-RATES = (0.25, 0.5, 0.75, 0.9, 1.1)  # of what the closed loop reached
+RATES = (0.25, 0.5, 0.75, 1.0)  # of what the closed loop reached
 SEED = 1
 
 
@@ -42,6 +43,7 @@ class Sizes:
     users: int  # of the batch
     new_tokens: int
     rounds: int
+    bursts: int  # rounds of them
     decoding: int  # users while long prompts come
     decoded: int  # tokens each
     calm: float  # seconds before the long prompts come
@@ -54,8 +56,8 @@ class Sizes:
     seconds: float  # of arrivals at each rate
 
 
-FULL = Sizes(32, 128, 3, 8, 1600, 4.0, 4, 1536, {}, 32, 128, RATES, 20.0)
-QUICK = Sizes(32, 32, 2, 4, 450, 1.0, 2, 1024, {"prompt_mean": 64.0, "output_mean": 48.0}, 8, 24, (0.5,), 4.0)
+FULL = Sizes(32, 128, 3, 2, 8, 1000, 3.0, 4, 1536, {}, 32, 96, RATES, 30.0)
+QUICK = Sizes(16, 128, 1, 1, 4, 450, 1.0, 2, 1024, {"prompt_mean": 64.0, "output_mean": 48.0}, 8, 24, (0.5,), 4.0)
 
 
 @dataclass
@@ -67,7 +69,6 @@ class Contender:
     vocab_size: int
     longest: int  # prompt and output, tokens
     form: str = ""  # of prompts
-    entries: dict[str, Any] = field(default_factory=dict)
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -75,12 +76,9 @@ def run(setting: Setting) -> dict[str, Any]:
     with ExitStack() as stack:
         contenders = servers(setting, stack)
         results: dict[str, Any] = {"batch": batch(setting, sizes, contenders, stack)}
-        results["burst"] = [burst(sizes, contender) for contender in tqdm(contenders, desc="burst", disable=None, leave=False)]
-        results["load"] = [
-            entry
-            for contender in tqdm(contenders, desc="load", disable=None, leave=False)
-            for entry in mixed_load(sizes, contender, setting.shared_prompts)
-        ]
+        # What a peer's server that takes one request at a time would do with the rest takes many minutes; --server measures it.
+        results["burst"] = [burst(sizes, contenders[0])]
+        results["load"] = mixed_load(sizes, contenders[0], setting.shared_prompts)
     burst_table(results["burst"])
     load_table(results["load"])
     results["aims"] = aims(results["batch"], results["burst"])
@@ -95,7 +93,7 @@ def servers(setting: Setting, stack: ExitStack) -> list[Contender]:
         )
         return [settled(contender)]
     contenders = []
-    for name in ("ours", *(name for name in SERVERS if name in setting.wanted)):
+    for name in ("ours", *(name for name in SERVERS if name in setting.wanted and not setting.quick)):
         try:
             server = Server(name, saved(SHAPE), torch.get_num_threads())
         except PeerError as error:
@@ -127,7 +125,7 @@ def succeeded(contender: Contender, records: list[Record]) -> list[Record]:
 
 def batch(setting: Setting, sizes: Sizes, contenders: list[Contender], stack: ExitStack) -> list[dict[str, Any]]:
     """All requests at once: output tokens per second from the first request to the last token, prompts included."""
-    new, users = sizes.new_tokens, sizes.users
+    users, new = sizes.users, WARM_TOKENS  # until everybody has been called once, which finds everything cold
     reports: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
     seeds = {name: iter(range(1000)) for name in (*reports, "offline", *BATCHING)}
 
@@ -148,21 +146,19 @@ def batch(setting: Setting, sizes: Sizes, contenders: list[Contender], stack: Ex
         return lambda: engine.decode([job.prompt for job in jobs(name, SHAPES[SHAPE]["vocab_size"], POSITIONS)], new).total_seconds
 
     runs = {contender.name: over_http(contender) for contender in contenders}
-    slow = []
+    slow = [contender.name for contender in contenders[1:]]  # peers: less often
     if setting.server is None:
-        ours = Engine(bare(SHAPE), "fp32", max_batch=64, cache_tokens=users * (PROMPT + new + 16))
+        ours = Engine(bare(SHAPE), "fp32", max_batch=64, cache_tokens=users * (PROMPT + sizes.new_tokens + 16))
         runs["offline"] = offline(ours, "offline")
         for name in BATCHING:
-            if name in setting.wanted and (peer := peer_or_none(name, stack)):
+            if name in setting.wanted and not setting.quick and (peer := peer_or_none(name, stack)):
                 runs[name] = offline(peer, name)
                 slow.append(name)
-    for name, once in runs.items():  # the first call finds everything cold
-        if name not in slow or not setting.quick:
-            once()
+    interleaved(runs, 1)
     for found in reports.values():
         found.clear()
-    progress = tqdm(total=sizes.rounds * len(runs), desc="batch", disable=None, leave=False)
-    with progress:
+    new = sizes.new_tokens
+    with tqdm(total=sizes.rounds * len(runs), desc="serving, batch", disable=None, leave=False) as progress:
         times = interleaved(runs, sizes.rounds, progress, slow, slow_rounds=1)
     entries = []
     for name, seconds in times.items():
@@ -206,28 +202,33 @@ def peer_or_none(name: str, stack: ExitStack) -> Remote | None:
 
 def burst(sizes: Sizes, contender: Contender) -> dict[str, Any]:
     """How long those who decode wait for their tokens, before long prompts come and while these are computed."""
-    longest = contender.longest
-    decoding = fixed_jobs(sizes.decoding, 32, min(sizes.decoded, longest - 32), SEED + 2000, contender.vocab_size)
-    prompts = fixed_jobs(sizes.burst, min(sizes.burst_prompt, longest - 8), 8, SEED + 3000, contender.vocab_size)
+    longest, client = contender.longest, contender.client
+    calm: list[float] = []
+    busy: list[float] = []
+    last: list[float] = []
 
-    async def both() -> tuple[list[Record], list[Record]]:
-        first = asyncio.ensure_future(closed_loop(contender.client, decoding, len(decoding)))
+    async def both(decoding: list[Job], prompts: list[Job]) -> tuple[list[Record], list[Record]]:
+        first = asyncio.ensure_future(closed_loop(client, decoding, len(decoding)))
         await asyncio.sleep(sizes.calm)
-        second = await closed_loop(contender.client, prompts, len(prompts))
+        second = await closed_loop(client, prompts, len(prompts))
         return await first, second
 
-    users, long = asyncio.run(both())
-    succeeded(contender, users + long)
-    begin, end = min(record.submitted for record in long), max(record.times[0] for record in long)
-    begun = max(record.times[0] for record in users)
-    calm, busy = gaps_between(users, begun, begin), gaps_between(users, begin, end)
+    for i in tqdm(range(sizes.bursts), desc="serving, bursts", disable=None, leave=False):
+        decoding = fixed_jobs(sizes.decoding, 32, min(sizes.decoded, longest - 32), SEED + 2000 + i, contender.vocab_size)
+        prompts = fixed_jobs(sizes.burst, min(sizes.burst_prompt, longest - 8), 8, SEED + 3000 + i, contender.vocab_size)
+        users, long = asyncio.run(both(decoding, prompts))
+        succeeded(contender, users + long)
+        begin, end = min(record.submitted for record in long), max(record.times[0] for record in long)
+        calm += gaps_between(users, max(record.times[0] for record in users), begin)
+        busy += gaps_between(users, begin, end)
+        last.append(end - begin)
     return {
         "contender": contender.name,
-        "decoding": len(users),
+        "decoding": sizes.decoding,
         "prompts": f"{len(prompts)} of {len(prompts[0].prompt)}",
         "calm_gap_seconds": distribution(calm),
         "burst_gap_seconds": distribution(busy),
-        "last_first_token_seconds": end - begin,
+        "last_first_token_seconds": max(last),
     }
 
 
@@ -272,7 +273,8 @@ def mixed_load(sizes: Sizes, contender: Contender, shared: float) -> list[dict[s
 
     jobs = mix.jobs(sizes.loop_jobs, SEED)
     closed = note(f"{sizes.loop_users} users", None, asyncio.run(closed_loop(client, jobs, sizes.loop_users)))
-    for i, share in enumerate(sizes.rates if closed["requests_per_second"] else ()):
+    shares = sizes.rates if closed["requests_per_second"] else ()
+    for i, share in enumerate(tqdm(shares, desc="serving, rates", disable=None, leave=False)):
         rate = share * closed["requests_per_second"]
         jobs = mix.jobs(max(8, round(rate * sizes.seconds)), SEED + 1 + i)
         note(f"{share:g} of that", rate, asyncio.run(poisson(client, jobs, rate, SEED + i)))
@@ -335,7 +337,8 @@ def aims(batches: list[dict[str, Any]], bursts: list[dict[str, Any]]) -> list[di
 
 
 def plot(results: dict[str, Any], out: Path) -> list[Path]:
-    """Curves of the times at each load, and what was done and was good over what was offered."""
+    """Curves of the times at each load, and what was done and was good over what was offered; what is done after the last arrival counts,
+    and so does the time that it takes, so that a short run lies below what it was offered."""
     import matplotlib.pyplot as plt
 
     files = []
@@ -359,6 +362,9 @@ def plot(results: dict[str, Any], out: Path) -> list[Path]:
         offered = [entry["offered_rate"] for entry in here]
         axis.plot(offered, [entry["requests_per_second"] for entry in here], marker="o", ms=4, color=f"C{i}", label=f"{name}, done")
         axis.plot(offered, [entry["goodput_per_second"] for entry in here], marker="o", ms=4, ls=":", color=f"C{i}", label=f"{name}, good")
+    most = max((entry["offered_rate"] for entry in results["load"] if entry["offered_rate"]), default=1.0)
+    axis.plot([0, most], [0, most], color="black", lw=1, ls=":", label="offered")
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("requests/s offered")
     axis.set_ylabel("requests/s")
     axis.legend(fontsize=8)
