@@ -59,8 +59,8 @@ class Decoder:
             How much is drafted for a request follows what pays; see ``speculative``, ``num_assistant_tokens`` and ``verification`` of
             ``SamplingParams``.
 
-    Not thread-safe: one thread at a time may use a decoder (any may ask for its ``stats``); ``AsyncDecoder`` is for more. Several ``stream``
-    iterators of one decoder may be interleaved; their requests share its steps.
+    Not thread-safe: one thread at a time may use a decoder (any may ask for its ``stats``); ``AsyncDecoder`` is for more. Several
+    ``stream`` iterators of one decoder may be interleaved; their requests share its steps.
     """
 
     def __init__(
