@@ -100,7 +100,7 @@ class Record:
 
 
 class ServerError(RuntimeError):
-    """A server cannot be reached, or refuses every form of request."""
+    """A server has no URL, cannot be reached, or refuses every form of request."""
 
 
 class Client:
@@ -120,7 +120,7 @@ class Client:
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"the server is {url!r}; it must be a URL such as http://127.0.0.1:8000")
+            raise ServerError(f"the server is {url!r}; it must be a URL such as http://127.0.0.1:8000")
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

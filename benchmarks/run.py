@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "script
 
 import against  # noqa: E402
 import torch  # noqa: E402
+from load import ServerError  # noqa: E402
 from measure import Machine, Setting, write_json  # noqa: E402
 from peers.remote import find, wanted_names  # noqa: E402
 
@@ -85,6 +86,8 @@ def main() -> None:
         results = {name: suite.run(setting) for name, suite in suites.items()}
         if arguments.explain:
             results["explain"] = importlib.import_module("explain").run(setting)
+    except ServerError as error:
+        parser.error(str(error))
     finally:
         for peer in peers:
             peer.close()

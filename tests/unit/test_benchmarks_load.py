@@ -215,7 +215,7 @@ def test_a_request_without_an_end_is_given_up_and_one_without_a_server_fails() -
     assert record.error is not None and record.error.startswith("the connection failed: ")
     with pytest.raises(ServerError, match="gives no model"):
         Client(url)
-    with pytest.raises(ValueError, match="the server is 'localhost:80'; it must be a URL"):
+    with pytest.raises(ServerError, match="the server is 'localhost:80'; it must be a URL"):
         Client("localhost:80")
 
 
