@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import copy
 import itertools
 import json
 import math
@@ -131,6 +132,7 @@ class Client:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._timeout = timeout
         self._word = word
+        self._streams = True
         self._as_ids = True
         self._extra: dict[str, Any] = {"ignore_eos": True}
         self.model = model or self._first_model()
@@ -142,6 +144,12 @@ class Client:
                 return str(json.load(reply)["data"][0]["id"])
         except (OSError, ValueError, LookupError) as error:
             raise ServerError(f"{self.url}/v1/models gives no model: {error}") from None
+
+    def whole(self) -> Client:
+        """A client of the same server whose replies come whole, not token by token."""
+        twin = copy.copy(self)
+        twin._streams = False
+        return twin
 
     async def settle_form(self, job: Job) -> str:
         """Find out, by sending a job, in which form the server takes prompts, and whether it may be told to write on after an end."""
@@ -162,8 +170,8 @@ class Client:
         prompt: Any = job.prompt if self._as_ids else "".join(map(self._word, job.prompt))
         body = json.dumps(
             {
-                "model": self.model, "prompt": prompt, "max_tokens": job.new_tokens, "temperature": 0.0, "stream": True,
-                "stream_options": {"include_usage": True}, **self._extra,
+                "model": self.model, "prompt": prompt, "max_tokens": job.new_tokens, "temperature": 0.0, **self._extra,
+                **({"stream": True, "stream_options": {"include_usage": True}} if self._streams else {}),
             }
         ).encode()  # fmt: skip
         lines = [f"POST {self._path} HTTP/1.1", *(f"{name}: {value}" for name, value in self._headers.items())]
@@ -240,6 +248,11 @@ def _read(exchange: Exchange, record: Record) -> None:
     parts = list(_chunks(raw, start) if b"transfer-encoding: chunked" in head.lower() else [(raw[start:], len(raw))])
     if status != 200:
         record.error = f"status {status}: {b''.join(part for part, _ in parts).decode(errors='replace'):.300}"
+        return
+    body = b"".join(part for part, _ in parts)
+    if body.startswith(b"{"):  # no stream
+        record.num_new_tokens = json.loads(body)["usage"]["completion_tokens"]
+        record.times.append(exchange.end)
         return
     usage = None
     finished = False

@@ -1,4 +1,4 @@
-"""How many tokens of prompts a step may take beside sequences that decode: as many as make it about twice as long. No tensors.
+"""How many tokens of prompts a step may take beside sequences that decode: as many as make it up to twice as long. No tensors.
 
 What is computed when never changes a token of any output, only when it comes.
 """

@@ -86,6 +86,13 @@ def test_replies_are_read_however_they_are_cut(cuts: list[int]) -> None:
         assert begin < places[int(moment) + 1], "a token came before the first of its bytes"
 
 
+def test_whole_replies_are_read() -> None:
+    body = b'{"choices": [{"text": "a b"}], "usage": {"completion_tokens": 2}}'
+    record = read_record(exchange((2.0, b"HTTP/1.1 200 OK\r\n\r\n" + body[:9]), (3.0, body[9:])))
+    assert record.error is None and record.num_new_tokens == 2 and record.gaps == [] and record.times == [record.end]
+    assert read_record(exchange((2.0, b"HTTP/1.1 200 OK\r\n\r\n" + body[:9]))).error is not None
+
+
 def test_replies_without_chunks_and_without_usage_are_read() -> None:
     record = read_record(exchange((2.0, b"HTTP/1.1 200 OK\r\n\r\n"), (3.0, sse(text("a"), text("b"), b"[DONE]"))))
     assert record.error is None and record.times == [3.0, 3.0] and record.num_new_tokens == 2
