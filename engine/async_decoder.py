@@ -31,6 +31,7 @@ class AsyncDecoder:
 
     Attributes:
         decoder: its ``tokenizer``, ``config`` and ``name`` may be read.
+        max_waiting: as given.
 
     ``async with AsyncDecoder(...) as decoder`` closes it at the end.
     """
@@ -40,6 +41,7 @@ class AsyncDecoder:
         if isinstance(decoder, Decoder) and decoder_options:
             raise TypeError(f"AsyncDecoder got a Decoder and {', '.join(decoder_options)}; give these to the Decoder")
         self.decoder: Decoder = decoder if isinstance(decoder, Decoder) else Decoder(decoder, **decoder_options)
+        self.max_waiting = max_waiting
         self._worker = Worker(self.decoder, max_waiting)
         weakref.finalize(self, self._worker.stop).atexit = False
 

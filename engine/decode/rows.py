@@ -109,12 +109,12 @@ def process(row: Tensor, request: TokenSequence) -> str | None:
         if bool(logits.isnan().any()):
             return f"logits_processor returned NaN at position {position}"
         row.copy_(logits.detach())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit() in a processor is its request's end and nobody else's
         return f"logits_processor raised {type(error).__name__} at position {position}: {said(error)}"
     return None
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """An error's message on one line, cut to a bearable length; it is somebody else's object and may fail at that too."""
     try:
         return " ".join(str(error).split())[:300]

@@ -162,7 +162,19 @@ def _numbers(state: ServerState) -> dict[str, Any]:
 
 
 async def _in_thread(state: ServerState, function: Any, *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(state.prompts, function, *arguments)
+    """Call it where templates and tokenising have their thread, unless too many wait for that."""
+    most = state.served.decoder.max_waiting
+    if state.num_preparing >= most:
+        message = f"{state.num_preparing} calls wait for their prompts to be read, and at most {most} may; try again later"
+        raise ApiError(429, message, code="queue_full", retry_after=1)
+    future = asyncio.get_running_loop().run_in_executor(state.prompts, function, *arguments)
+    state.num_preparing += 1
+
+    def done(_: object) -> None:
+        state.num_preparing -= 1
+
+    future.add_done_callback(done)
+    return await future
 
 
 async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: Request) -> Response:
@@ -172,12 +184,15 @@ async def _decode(state: ServerState, call: CompletionCall | ChatCall, request: 
     state.check_model(call.model)
     check_limits(call, settings)
     params = to_params(call)
+    start = time.perf_counter()
     ids, texts = await while_connected(request.receive, _in_thread(state, state.prompts_of, call))
     request_id = f"{'chatcmpl' if isinstance(call, ChatCall) else 'cmpl'}-{uuid.uuid4().hex}"
     record.details |= {"id": request_id, "stream": call.stream, "prompt_tokens": sum(map(len, ids))}
     arguments = (call, request_id, settings.model[0], served.fingerprint, served.token_text, params.num_return_sequences)
     reply = ChatReply(*arguments) if isinstance(call, ChatCall) else CompletionReply(*arguments, prompts=texts)
     timeout = min((t for t in (call.timeout, settings.request_timeout) if t is not None), default=None)
+    if timeout is not None and timeout > 0:  # it counts from the call
+        timeout = max(timeout - (time.perf_counter() - start), 1e-3)
     options: dict[str, Any] = {
         "params": params, "request_id": request_id, "priority": call.priority, "timeout": timeout, "cache_salt": call.cache_salt
     }  # fmt: skip

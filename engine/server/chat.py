@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -53,12 +55,12 @@ class ChatTemplate:
             raise ValueError(f"the chat template cannot be used: {error}") from None
         self._special_tokens = special_tokens or {}
 
-    def render(self, messages: list[dict[str, Any]], **options: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], options: Mapping[str, Any] = MappingProxyType({})) -> str:
         """The prompt, special tokens included, up to where the assistant's answer begins; ``options`` are further variables of it."""
         given = {**self._special_tokens, "add_generation_prompt": True, "tools": None, "documents": None, **options, "messages": messages}
         pieces, length = [], 0
         try:
-            for piece in self._template.generate(**given):
+            for piece in self._template.generate(given):
                 pieces.append(piece)
                 length += len(piece)
                 if length > MAX_TEXT:

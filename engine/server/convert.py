@@ -36,7 +36,7 @@ def bad_request(error: Exception, call: Decoding) -> ApiError:
     param = first if first in type(call).model_fields else None
     if param is None and _PROMPT.match(message):
         param = "messages" if isinstance(call, ChatCall) else "prompt"
-    code = "context_length_exceeded" if "the model's length" in message or "cache" in message else None
+    code = "context_length_exceeded" if "the model's length" in message or "the whole cache has" in message else None
     return ApiError(400, message, param=param, code=code)
 
 
@@ -66,6 +66,7 @@ def check_limits(call: Decoding, settings: Settings) -> None:
     at_most("stop", max(map(len, stops), default=0), settings.max_stop_length, "holds a string of so many characters:")
     at_most("logit_bias", len(call.logit_bias), settings.max_logit_bias, "holds so many tokens:")
     at_most("stop_token_ids", len(call.stop_token_ids), settings.max_logit_bias, "holds so many tokens:")
+    at_most("priority", abs(call.priority), settings.max_priority, "is of so large a size:")
     for name in ("logprobs", "top_logprobs"):
         at_most(name, int(getattr(call, name, None) or 0), settings.max_logprobs)
 

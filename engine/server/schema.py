@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 # Fields of OpenAI's API that change nothing about the output here.
@@ -30,6 +30,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+MAX_ITEMS = 8192  # of a field that is a list or an object
+
+
 def about_field(name: str, problem: str) -> PydanticCustomError:
     name = name[:100].encode("utf-8", "backslashreplace").decode()  # JSON can name a field by what is no text
     return PydanticCustomError("field", "{field} {problem}", {"field": name, "problem": problem})
@@ -40,6 +43,7 @@ class Call(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    unbounded: ClassVar[tuple[str, ...]] = ()  # fields whose lists are bounded by the body alone
     ignored: ClassVar[tuple[str, ...]] = ()
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
@@ -56,6 +60,9 @@ class Call(BaseModel):
                 raise about_field(name, f"is not a known field{f'; did you mean {near[0]}?' if near else ''}")
             if value is None or name in cls.ignored:
                 continue
+            # Before its items are looked at, each of which would be an error of its own.
+            if isinstance(value, (list, dict)) and len(value) > MAX_ITEMS and name not in cls.unbounded:
+                raise about_field(name, f"holds {len(value)} items; it may hold at most {MAX_ITEMS}")
             if name not in cls.refused:
                 known[name] = value
             elif value not in cls.refused[name]:
@@ -109,7 +116,15 @@ def _check_content(value: Any) -> Any:
     return "\n".join(part["text"] for part in value)
 
 
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], BeforeValidator(_check_prompt)]
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS, {"type": "array", "items": _IDS, "minItems": 1},
+    ]
+}  # fmt: skip
+# Checked by hand: tried as one kind after the other, each of a million ids would be an error of its own.
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 Stop = Annotated[str | list[str], BeforeValidator(_check_stop)]
 Bias = Annotated[dict[int, float], BeforeValidator(_check_bias)]
 Content = Annotated[str | list[dict[str, Any]], BeforeValidator(_check_content)]
@@ -176,6 +191,8 @@ class Decoding(Call):
 
 
 class CompletionCall(Decoding):
+    unbounded = ("prompt",)
+
     prompt: Prompt
     best_of: int | None = None
     echo: bool = False
@@ -209,8 +226,10 @@ class TokenizeCall(Call):
 
 
 class DetokenizeCall(Call):
+    unbounded = ("tokens",)
+
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 class Problem(BaseModel):

@@ -21,6 +21,8 @@ class Settings:
     max_stop, max_stop_length: most stop strings of a call, and most characters of each.
     max_logit_bias: most tokens with a bias, and most stop token ids.
     max_logprobs: most alternatives for each token.
+    max_priority: largest priority, and -1 times the smallest: a minute of waiting each.
+    max_connections: most connections at once; further ones are cut.
     max_prompt_tokens: longest prompt; None: as long as the model and the cache allow.
     request_timeout: seconds after which a request is ended whose call gives no shorter ``timeout``; None: never.
     """
@@ -39,5 +41,7 @@ class Settings:
     max_stop_length: int = 1000
     max_logit_bias: int = 1024
     max_logprobs: int = 20
+    max_priority: int = 10
+    max_connections: int = 1000
     max_prompt_tokens: int | None = None
     request_timeout: float | None = None

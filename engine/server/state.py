@@ -54,6 +54,7 @@ class ServerState:
         self.metrics = Metrics(self.stats)
         # Templates and tokenising take their time; one thread, so that they never take more than one core from decoding.
         self.prompts = ThreadPoolExecutor(1, "engine-prompts")
+        self.num_preparing = 0  # calls that wait for it, or are there
 
     def serve(self, decoder: AsyncDecoder) -> None:
         """Begin to serve a decoder. Raises ``ValueError`` where it has no tokenizer, or its chat template is none."""
@@ -99,20 +100,34 @@ class ServerState:
             return self._completion_prompts(call, served.tokenizer)
         if call.messages is None:
             assert isinstance(call, TokenizeCall) and call.prompt is not None
-            return [served.tokenizer.encode(_unicode(call.prompt, "prompt"))], []
+            return [served.tokenizer.encode(self._text(call.prompt, "prompt"))], []
         options = call.chat_template_kwargs if isinstance(call, ChatCall) else {}
-        text = _unicode(_render(served.template, call.messages, options), "messages")
+        text = self._text(_render(served.template, call.messages, options), "messages")
         return self._limited([served.tokenizer.encode_piece(text)], "messages"), []
 
     def _completion_prompts(self, call: CompletionCall, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
         given = split_prompt(call.prompt)
-        ids = [tokenizer.encode(_unicode(one, "prompt")) if isinstance(one, str) else one for one in given]
+        ids = [tokenizer.encode(self._text(one, "prompt")) if isinstance(one, str) else one for one in given]
         ids = self._limited(ids, "prompt")
         if not call.echo:
             return ids, []
         # Ids that cannot be are refused with the call, in a moment; they have no text.
         vocab_size = self.served.decoder.decoder.config.vocab_size
         return ids, [one if isinstance(one, str) else tokenizer.decode([t for t in one if 0 <= t < vocab_size]) for one in given]
+
+    def _text(self, text: str, param: str) -> str:
+        """The text; ``ApiError`` for what JSON can write and UTF-8 cannot, and for one that is too long whatever its tokens are, which to
+        find out would take long."""
+        try:
+            check_text(param, text)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=param) from None
+        served = self.served
+        most = (self.settings.max_prompt_tokens or served.decoder.decoder.config.max_position) * served.token_text.longest
+        if len(text) > most:
+            message = f"{param} has {len(text)} characters; no prompt that this server takes has more than {most}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        return text
 
     def _limited(self, prompts: list[list[int]], param: str) -> list[list[int]]:
         limit = self.settings.max_prompt_tokens
@@ -121,15 +136,6 @@ class ServerState:
             message = f"{param} has {longest} tokens; this server takes at most {limit}"
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return prompts
-
-
-def _unicode(text: str, param: str) -> str:
-    """The text; ``ApiError`` for what JSON can write and UTF-8 cannot."""
-    try:
-        check_text(param, text)
-    except ValueError as error:
-        raise ApiError(400, str(error), param=param) from None
-    return text
 
 
 def _render(template: ChatTemplate | None, messages: list[Message], options: dict[str, object]) -> str:
@@ -143,6 +149,6 @@ def _render(template: ChatTemplate | None, messages: list[Message], options: dic
     # Templates know no developer; that role is what used to be called system.
     given = [{**one.model_dump(exclude_none=True), "role": "system" if one.role == "developer" else one.role} for one in messages]
     try:
-        return template.render(given, **options)
+        return template.render(given, options)
     except ChatError as error:
         raise ApiError(400, str(error), param="messages") from None

@@ -29,6 +29,11 @@ class TokenText:
     def _names(self) -> dict[int, str]:
         return {token: name for name, token in self._tokenizer.vocabulary.items()}
 
+    @functools.cached_property
+    def longest(self) -> int:
+        """No token stands for more characters: names have one for each character, or for each byte."""
+        return max(map(len, self._names.values()), default=1)
+
     def bytes(self, token: int) -> bytes:
         name = self._names.get(token)
         if name is None:  # the model's vocabulary may be larger than its tokenizer's

@@ -96,7 +96,12 @@ def fail_speechlessly(token_ids, logits):
     raise Speechless
 
 
+def leave(token_ids, logits):
+    raise SystemExit(3)
+
+
 FAILURES = [
+    (leave, 0, "logits_processor raised SystemExit at position 3: 3"),
     (fail_speechlessly, 0, "logits_processor raised Speechless at position 3: (without a message)"),
     (lambda t, x: x.to_sparse(), 0, "logits_processor returned a torch.sparse_coo tensor at position 3; it must be a dense one"),
     (fail, 0, "logits_processor raised RuntimeError at position 3: no way"),

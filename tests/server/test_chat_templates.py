@@ -38,7 +38,7 @@ def test_as_transformers_renders_it(name: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = {"bos_token": "<s>", "eos_token": "</s>"}
-    ours = ChatTemplate(TEMPLATES[name], special).render(MESSAGES, thinking=True)
+    ours = ChatTemplate(TEMPLATES[name], special).render(MESSAGES, {"thinking": True})
     (theirs,), _ = render_jinja_template(
         conversations=[MESSAGES], chat_template=TEMPLATES[name], add_generation_prompt=True, thinking=True, **special
     )
