@@ -101,7 +101,7 @@ def measure_group(
     """All contenders that hold the weights in a format of this group, in all of its cases; one entry for each. ``reference``: each case's
     tokens in float32, which the first group leaves there."""
     cases = CASES[group][:2] if quick else CASES[group]
-    new, rounds = (32, 2) if quick else (NEW[shape], ROUNDS[shape])
+    new, rounds = (16, 1) if quick else (NEW[shape], ROUNDS[shape])
     contenders: list[Contender] = []
     tokens_of_cache = max(c.batch * c.beams * (PROMPT + new + 16) + c.prefill for c in cases) + 64
     for i, dtype in enumerate(GROUPS[group]):

@@ -54,7 +54,7 @@ def check(weight: Any, x: Tensor, result: Tensor, format: str) -> None:
 
 def linear(machine: Machine, quick: bool) -> list[dict[str, Any]]:
     ops = kernels.select("cpu")
-    rounds = 3 if quick else 9
+    rounds = 2 if quick else 9
     shapes, all_rows = (SHAPES[:1], (1, 8, 32)) if quick else (SHAPES, ROWS)
     results = []
     with tqdm(total=len(shapes) * len(all_rows) * rounds * (len(FORMATS) + 3), desc="linear", disable=None, leave=False) as progress:
@@ -134,7 +134,7 @@ class Line:
 
 
 def others(machine: Machine, quick: bool) -> list[dict[str, Any]]:
-    rounds = 3 if quick else 9
+    rounds = 2 if quick else 9
     results = []
     lines = [*attention_lines(), *elementwise_lines(), *sampling_lines()]
     for line in tqdm(lines, desc="kernels", disable=None, leave=False):

@@ -31,8 +31,8 @@ def run(setting: Setting) -> list[dict[str, Any]]:
     for dtype in ("bf16",) if setting.quick else ("fp32", "bf16"):
         for axis, points in (
             ("threads", range(1, engine.get_num_threads() + 1)),
-            ("batch", BATCHES[every]),
-            ("context", CONTEXTS[: 3 if setting.quick else None]),
+            ("batch", (1, 8, 32) if setting.quick else BATCHES),
+            ("context", CONTEXTS[: 2 if setting.quick else None]),
             ("vocabulary", VOCABS[every]),
         ):
             for value in tqdm(points, desc=f"scaling, {dtype}, {axis}", disable=None, leave=False):

@@ -58,7 +58,7 @@ class Sizes:
 
 
 FULL = Sizes(32, 128, 3, 2, 8, 1000, 3.0, 4, 1536, {}, 32, 96, RATES, 30.0)
-QUICK = Sizes(16, 128, 1, 1, 4, 450, 1.0, 2, 1024, {"prompt_mean": 64.0, "output_mean": 48.0}, 8, 24, (0.5,), 4.0)
+QUICK = Sizes(16, 64, 1, 1, 4, 250, 0.5, 1, 1024, {"prompt_mean": 64.0, "output_mean": 48.0}, 8, 12, (0.5,), 1.5)
 
 
 @dataclass
