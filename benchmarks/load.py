@@ -246,10 +246,10 @@ def _read(exchange: Exchange, record: Record) -> None:
     ends = list(itertools.accumulate(len(data) for _, data in exchange.pieces))
     start = len(head) + len(separator)
     parts = list(_chunks(raw, start) if b"transfer-encoding: chunked" in head.lower() else [(raw[start:], len(raw))])
-    if status != 200:
-        record.error = f"status {status}: {b''.join(part for part, _ in parts).decode(errors='replace'):.300}"
-        return
     body = b"".join(part for part, _ in parts)
+    if status != 200:
+        record.error = f"status {status}: {body.decode(errors='replace'):.300}"
+        return
     if body.startswith(b"{"):  # no stream
         record.num_new_tokens = json.loads(body)["usage"]["completion_tokens"]
         record.times.append(exchange.end)

@@ -71,7 +71,7 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return json_response({"object": "list", "data": [_model(state, name) for name in settings.model]})
+        return json_response({"object": "list", "data": [_model(state, name) for name in state.settings.model]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
@@ -96,8 +96,6 @@ def _add_routes(app: FastAPI, state: ServerState) -> None:
             if not 0 <= token < vocab_size:
                 raise ApiError(400, f"tokens holds {str(token):.40}; the model's vocabulary has ids 0 to {vocab_size - 1}", param="tokens")
         return json_response({"prompt": await _in_thread(state, state.served.tokenizer.decode, call.tokens)})
-
-    settings = state.settings
 
 
 def _add_watching_routes(app: FastAPI, state: ServerState) -> None:
