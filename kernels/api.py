@@ -15,8 +15,10 @@ Words used throughout:
   lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest magnitude / 127; the integers are the
   elements / scale, rounded to the nearest (ties to even). Where an element is not finite the scale is NaN; where it is NaN or 0 (also by
   underflow) the integers are 0.
+* *Activations* are float32; on a GPU (and for the oracle) they may also be bf16 or fp16. A result has its input's dtype unless its op says
+  otherwise. What flows past the layers, the residual, is float32 everywhere.
 * Row-invariance: every op computes a row of its result with the same operations in the same order whatever other rows are in the call
-  and however many threads run it.
+  and however many threads run it. Only the backend ``fast``, which ``select(deterministic=True)`` leaves out, does not promise it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .packed import PackedWeight
@@ -125,12 +128,12 @@ def linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``concat_i(x @ weights[i].T + biases[i]) + residual`` in float32.
+    """``concat_i(x @ weights[i].T + biases[i]) + residual``, of the dtype of x; with ``residual`` float32; with ``out`` that of ``out``.
 
-    ``x [M, K]`` float32, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype (fp32,
-    bf16 or fp16), read in the model's own storage; or ``PackedWeight`` of one format. ``biases[i] [N_i]`` of the weights' dtype or fp32
-    (beside packed weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` float32 and contiguous; ``out`` may be
-    ``residual``.
+    ``x [M, K]`` activations, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype
+    (fp32, bf16 or fp16), read in the model's own storage; or ``PackedWeight`` of one format. ``biases[i] [N_i]`` of the weights' dtype or
+    fp32 (beside packed weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` contiguous and float32 (without
+    ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
 
     Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
     fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
@@ -145,12 +148,12 @@ def linear(
     return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * weight`` per row (Zhang and Sennrich 2019).
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``x * rsqrt(mean(x^2) + eps) * weight`` per row (Zhang and Sennrich 2019), in float32, rounded to ``dtype``: an activation's.
 
     ``x [M, H]`` float32; ``weight [H]`` fp32, bf16 or fp16.
     """
-    return default_ops("x", x).rms_norm(x, weight, eps)
+    return default_ops("x", x).rms_norm(x, weight, eps, dtype)
 
 
 def rope_append(
@@ -168,13 +171,14 @@ def rope_append(
     k_norm: Tensor | None = None,
     norm_eps: float = 1e-6,
 ) -> Tensor:
-    """Rotate queries and keys, write keys and values into the cache, return the rotated queries ``[T, num_heads, D]`` float32.
+    """Rotate queries and keys, write keys and values into the cache, return the rotated queries ``[T, num_heads, D]``, rounded to the dtype
+    of ``qkv``.
 
-    ``qkv [T, (num_heads + 2 * num_kv_heads) * D]`` float32: queries, then keys, then values of each token. ``positions``, ``slots``: int32
-    ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated (RoPE, Su
-    et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i. ``q_norm``
-    and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32, bf16 (round to
-    nearest even) or int8. A slot of -1 writes nothing.
+    ``qkv [T, (num_heads + 2 * num_kv_heads) * D]`` activations: queries, then keys, then values of each token. ``positions``, ``slots``:
+    int32 ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated
+    (RoPE, Su et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i.
+    ``q_norm`` and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32, bf16
+    (round to nearest even) or int8. A slot of -1 writes nothing.
     """
     return default_ops("qkv", qkv).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
@@ -195,15 +199,15 @@ def paged_attention(
     tree_start: Tensor | None = None,
     ancestors: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of a ragged batch over the paged cache; float32 ``[T, num_heads, D]``.
+    """Causal attention of a ragged batch over the paged cache; ``[T, num_heads, D]``.
 
-    ``q [T, num_heads, D]`` float32 contiguous, D a multiple of 8 in 8..256, num_heads a multiple of num_kv_heads. Sequence s owns query
-    rows ``query_start[s]:query_start[s+1]`` (int32 ``[S+1]``, ``query_start[S] == T``), which are the last of its ``context_len[s]`` (int32
-    ``[S]``) tokens, whose keys and values are already in the cache; its blocks are ``block_table[s, :]`` (int32 ``[S, max_blocks]``). Query
-    row i attends keys ``0..p`` with ``p = context_len - num_queries + i``, or the last ``window`` of those if ``window > 0``. Cache slots
-    no row may see are never read into a result, whatever they hold. Keys are walked in fixed absolute splits of 512, merged in order
-    (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits. Arithmetic is in float32, whatever
-    the cache holds.
+    ``q [T, num_heads, D]`` activations, contiguous, D a multiple of 8 in 8..256, num_heads a multiple of num_kv_heads. Sequence s owns
+    query rows ``query_start[s]:query_start[s+1]`` (int32 ``[S+1]``, ``query_start[S] == T``), which are the last of its ``context_len[s]``
+    (int32 ``[S]``) tokens, whose keys and values are already in the cache; its blocks are ``block_table[s, :]`` (int32 ``[S,
+    max_blocks]``). Query row i attends keys ``0..p`` with ``p = context_len - num_queries + i``, or the last ``window`` of those if
+    ``window > 0``. Cache slots no row may see are never read into a result, whatever they hold. Keys are walked in fixed absolute splits of
+    512, merged in order (FlashDecoding, Dao et al. 2023), so decode, verification and chunked prefill give the same bits. Arithmetic is in
+    float32, whatever the cache holds; on a GPU products are of operands in the dtype of q, with sums in float32.
 
     Trees of drafts (tree attention, Miao et al. 2024): ``tree_start`` int32 ``[S]`` and ``ancestors`` int64 ``[T]``, both or neither. A
     sequence with ``tree_start[s] >= 0`` ends in a tree: its tokens from there on, at most 64 and all of its query rows among them, are
@@ -229,7 +233,8 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """``silu(x[:, :F]) * x[:, F:]`` for ``x [M, 2F]`` float32 contiguous; float32 ``[M, F]`` (SwiGLU, Shazeer 2020)."""
+    """``silu(x[:, :F]) * x[:, F:]`` for ``x [M, 2F]``, activations, contiguous; ``[M, F]``, in float32 rounded to the dtype of x (SwiGLU,
+    Shazeer 2020)."""
     return default_ops("x", x).silu_mul(x)
 
 

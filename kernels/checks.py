@@ -16,6 +16,7 @@ from torch import Tensor
 from .packed import PackedWeight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_DTYPES = WEIGHT_DTYPES  # of which the C++ kernels have float32 only
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 SCALE_BYTES = 4  # of a token's scale in an int8 cache
 _F32 = (torch.float32,)
@@ -76,7 +77,7 @@ def linear(
     out: Tensor | None,
 ) -> int:
     """Check the arguments of ``linear`` and return the width of its result."""
-    _dtype("x", x, _F32)
+    _dtype("x", x, ACTIVATION_DTYPES)
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
     if isinstance(weights, (Tensor, PackedWeight)):
@@ -104,9 +105,9 @@ def linear(
             _contiguous(f"biases[{i}]", b)
         _device(x, ((f"weights[{i}]", w.data), (f"biases[{i}]", b)))
         width += w.shape[0]
-    for name, t in (("residual", residual), ("out", out)):
+    for name, t, dtypes in (("residual", residual, _F32), ("out", out, _F32 if residual is not None else (torch.float32, x.dtype))):
         if t is not None:
-            _dtype(name, t, _F32)
+            _dtype(name, t, dtypes)
             _shape(name, t, (x.shape[0], width), "[M, sum N]")
             _contiguous(name, t)
     _device(x, (("residual", residual), ("out", out)))
@@ -117,8 +118,10 @@ def _kind(weight: Tensor | PackedWeight) -> str:
     return f"packed {weight.format}" if isinstance(weight, PackedWeight) else str(weight.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> None:
+def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     _plain("x", x, _F32, 2, "[M, H]")
+    if dtype not in ACTIVATION_DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
     _dtype("weight", weight, WEIGHT_DTYPES)
     _shape("weight", weight, (x.shape[1],), "[H]")
     _contiguous("weight", weight)
@@ -126,7 +129,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> None:
 
 
 def silu_mul(x: Tensor) -> None:
-    _plain("x", x, _F32, 2, "[M, 2F]")
+    _plain("x", x, ACTIVATION_DTYPES, 2, "[M, 2F]")
     if x.shape[1] % 2:
         raise ValueError(f"x must have shape [M, 2F], got {tuple(x.shape)}")
 
@@ -265,7 +268,7 @@ def rope_append(
     sizes = cache(key_cache, value_cache)
     head_dim = sizes.head_dim
     _heads(num_heads, sizes.num_kv_heads)
-    _plain("qkv", qkv, _F32, 2, "[T, (num_heads + 2 * num_kv_heads) * head_dim]")
+    _plain("qkv", qkv, ACTIVATION_DTYPES, 2, "[T, (num_heads + 2 * num_kv_heads) * head_dim]")
     tokens = qkv.shape[0]
     if qkv.shape[1] != (num_heads + 2 * sizes.num_kv_heads) * head_dim:
         width = (num_heads + 2 * sizes.num_kv_heads) * head_dim
@@ -360,7 +363,7 @@ def _paged_attention(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, query_start: Tensor, context_len: Tensor, window: int
 ) -> CacheShape:
     sizes = cache(key_cache, value_cache)
-    _plain("q", q, _F32, 3, "[T, num_heads, head_dim]")
+    _plain("q", q, ACTIVATION_DTYPES, 3, "[T, num_heads, head_dim]")
     if q.shape[2] != sizes.head_dim:
         raise ValueError(f"q must have shape [T, num_heads, head_dim] with head_dim = {sizes.head_dim}, got {tuple(q.shape)}")
     _heads(q.shape[1], sizes.num_kv_heads)

@@ -57,6 +57,13 @@ def _on_cpu(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} is on {t.device}; these kernels run on cpu")
 
 
+def _float32(name: str, t: Tensor) -> None:
+    """For activations, beside ``_on_cpu``."""
+    _on_cpu(name, t)
+    if t.dtype is not _F32:
+        raise TypeError(f"{name} must be float32, got {t.dtype}")
+
+
 # ---- linear ----
 
 
@@ -126,7 +133,7 @@ def linear(
         plan = None
     if plan is None:
         checks.linear(x, weights, biases, residual, out)
-        _on_cpu("x", x)
+        _float32("x", x)
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
     rows, width, row_stride, k, segments, kind = plan
     if out is None:
@@ -150,9 +157,11 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    checks.rms_norm(x, weight)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = _F32) -> Tensor:
+    checks.rms_norm(x, weight, dtype)
     _on_cpu("x", x)
+    if dtype is not _F32:
+        raise TypeError(f"dtype must be float32 for the C++ kernels, got {dtype}")
     out = torch.empty_like(x)
     rows, width = x.shape
     _cpu.rms_norm(x.data_ptr(), rows, width, weight.data_ptr(), _DTYPE[weight.dtype], eps, out.data_ptr())
@@ -177,7 +186,7 @@ def rope_append(
     num_blocks, num_kv_heads, block_size, head_dim = checks.rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache, num_heads, q_norm, k_norm
     )
-    _on_cpu("qkv", qkv)
+    _float32("qkv", qkv)
     tokens = qkv.shape[0]
     max_position, half = cos.shape
     out = qkv.new_empty((tokens, num_heads, head_dim))
@@ -194,7 +203,7 @@ def rope_append(
 
 def silu_mul(x: Tensor) -> Tensor:
     checks.silu_mul(x)
-    _on_cpu("x", x)
+    _float32("x", x)
     rows, width = x.shape
     out = x.new_empty((rows, width // 2))
     _cpu.silu_mul(x.data_ptr(), rows, width // 2, out.data_ptr())
@@ -220,7 +229,7 @@ def paged_attention(
     num_blocks, num_kv_heads, block_size, head_dim = checks.paged_attention(
         q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors
     )
-    _on_cpu("q", q)
+    _float32("q", q)
     tokens, num_heads, _ = q.shape
     sequences, max_blocks = block_table.shape
     out = torch.empty_like(q)

@@ -142,7 +142,7 @@ def _norm(weight: Tensor | None, width: int) -> tuple[int, int]:
     """Its address and dtype."""
     if weight is None:
         return 0, 0
-    checks.rms_norm(torch.empty(1, width), weight)
+    checks.rms_norm(torch.empty(1, width), weight, torch.float32)
     return weight.data_ptr(), cpu._DTYPE[weight.dtype]
 
 

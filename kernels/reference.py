@@ -54,13 +54,13 @@ def linear(
     checks.linear(x, weights, biases, residual, out)
     parts = []
     for i, weight in enumerate(weights):
-        part = _product(x, weight)
+        part = _product(x.float(), weight)
         bias = None if biases is None else biases[i]
         parts.append(part if bias is None else part + bias.float())
     y = torch.cat(parts, dim=1)
     if residual is not None:
         y = y + residual
-    return y if out is None else out.copy_(y)
+    return (y if residual is not None else y.to(x.dtype)) if out is None else out.copy_(y)
 
 
 def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
@@ -71,9 +71,9 @@ def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     return (x.bfloat16().float() if weight.format == "bfloat16" else x) @ weight.dense().float().T
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    checks.rms_norm(x, weight)
-    return _normalise(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    checks.rms_norm(x, weight, dtype)
+    return _normalise(x, weight, eps).to(dtype)
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -110,7 +110,7 @@ def rope_append(
     _check_range("positions", positions, 0, cos.shape[0])
     _check_range("slots", slots, -1, sizes.num_blocks * sizes.block_size)
     heads = qkv.view(qkv.shape[0], num_heads + 2 * sizes.num_kv_heads, sizes.head_dim)
-    q, k, v = heads.split((num_heads, sizes.num_kv_heads, sizes.num_kv_heads), dim=1)
+    q, k, v = heads.float().split((num_heads, sizes.num_kv_heads, sizes.num_kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = _normalise(q, q_norm, norm_eps), _normalise(k, k_norm, norm_eps)
     c, s = cos[positions.long()], sin[positions.long()]
@@ -125,7 +125,7 @@ def rope_append(
         if scales is not None:
             x, scales[0, block, :, sub_block, lane] = _quantised(x)
         elements[0, block, :, sub_block, lane] = x.to(cache.dtype)
-    return q.contiguous()
+    return q.to(qkv.dtype).contiguous()
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ def paged_attention(
             path = torch.arange(i + 1) if paths is None else torch.tensor(paths[i])
             seen = torch.cat((torch.arange(committed), committed + path))[-window:]  # all of them if 0
             seen = (seen - first_block * sizes.block_size).to(q.device)
-            grouped = q[start[s] + i].view(sizes.num_kv_heads, num_heads // sizes.num_kv_heads, head_dim)
+            grouped = q[start[s] + i].float().view(sizes.num_kv_heads, num_heads // sizes.num_kv_heads, head_dim)
             # Copies: how the product of a view rounds may depend on its strides, and so on the other rows of the sequence.
             scores = grouped @ keys.index_select(1, seen).transpose(1, 2) * scale
             out[start[s] + i] = (scores.softmax(dim=-1) @ values.index_select(1, seen)).view(num_heads, head_dim)
@@ -248,5 +248,5 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
 
 def silu_mul(x: Tensor) -> Tensor:
     checks.silu_mul(x)
-    gate, up = x.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)

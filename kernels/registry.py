@@ -16,7 +16,7 @@ logger = logging.getLogger("engine.kernels")
 
 # Fastest first. A backend is a module of this package whose `unavailable(device_type)` returns None or the reason it cannot serve. It
 # serves the ops it has functions for; the last has all.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "fast", "triton", "reference")
 _ONLY_BY_NAME = {("triton", "cpu")}  # in Triton's interpreter: exact, and a thousand times too slow
 
 
@@ -67,8 +67,10 @@ def cuda_reason() -> str | None:
 
 
 @functools.cache
-def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
+def select(device_type: str = "cpu", backend: str = "auto", deterministic: bool = False) -> Ops:
     """Choose a backend for every op.
+
+    ``deterministic`` leaves out the backend ``fast``, so that every row of every result has the same bits whatever else is in the call.
 
     ``backend="auto"`` is the backend ``ENGINE_KERNELS`` names, or else for each op the first that has it and can serve (on a CPU never
     Triton's interpreter), with one line logged where that leaves ops to the oracle. A backend asked for by name serves the ops it has,
@@ -81,9 +83,13 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
         raise ValueError(f"backend is {backend!r}; known backends are auto, {', '.join(BACKENDS)}")
     reasons = backends(device_type)
     order = [name for name in BACKENDS if reasons[name] is None and (name, device_type) not in _ONLY_BY_NAME]
+    if deterministic and "fast" in order:
+        order.remove("fast")
     if backend != "auto":
         if reasons[backend] is not None:
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run on {device_type}: {reasons[backend]}")
+        if backend == "fast" and deterministic:
+            raise RuntimeError("backend 'fast' was asked for, and deterministic=True, which leaves it out")
         order.insert(0, backend)
     elif device_type == "cpu" and os.environ.get("ENGINE_CPU_ISA") and reasons["cpu"] is not None:
         raise RuntimeError(f"ENGINE_CPU_ISA asks for the C++ kernels, which cannot run: {reasons['cpu']}")
@@ -95,7 +101,7 @@ def select(device_type: str = "cpu", backend: str = "auto") -> Ops:
     chosen = {op: next(name for name in order if hasattr(modules[name], op)) for op in OP_NAMES}
     slow = [op for op, name in chosen.items() if name == BACKENDS[-1]]
     if backend == "auto" and slow:
-        faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1])
+        faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1] if name != "fast")
         logger.warning("kernels: %r serves %s on %s (%s)", BACKENDS[-1], ", ".join(slow), device_type, faster)
     return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()}, chosen=chosen)
 

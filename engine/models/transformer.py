@@ -36,7 +36,7 @@ class Transformer:
         weights: the tensors; read where they lie.
         ops: the kernels (``engine.kernels.select``).
 
-    Activations are float32 whatever the weights' dtype.
+    On a CPU activations are float32 whatever the weights' dtype; on a GPU what meets the weights has their dtype.
     """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
@@ -44,6 +44,7 @@ class Transformer:
         self.weights = weights
         self.ops = ops
         self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
+        self._activations = torch.float32 if weights.final_norm.is_cpu else self.dtype
         self._one_call = one_call(ops, config, weights, self.cos, self.sin)
 
     @property
@@ -74,12 +75,12 @@ class Transformer:
     def _op_by_op(self, batch: StepBatch, cache: Cache) -> Tensor:
         """``forward_logits`` over any backend's ops; what ``kernels.forward`` does in one call."""
         config, ops = self.config, self.ops
-        linear, rms_norm, eps = ops.linear, ops.rms_norm, config.norm_eps
+        linear, eps, dtype = ops.linear, config.norm_eps, self._activations
         interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
         x = ops.embed(batch.tokens, self.weights.embedding)
         for i, layer in enumerate(self.weights.layers):
             key, value = cache.key(i), cache.value(i)
-            qkv = linear(rms_norm(x, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
+            qkv = linear(ops.rms_norm(x, layer.attention_norm, eps, dtype), layer.qkv, layer.qkv_bias)
             q = ops.rope_append(
                 qkv, batch.positions, batch.slots, self.cos, self.sin, key, value, num_heads=config.num_heads,
                 interleaved=interleaved, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=eps,
@@ -90,6 +91,7 @@ class Transformer:
             )  # fmt: skip
             # x is this call's own tensor, so the sum may be written over it
             linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
-            gate_up = linear(rms_norm(x, layer.ffn_norm, eps), layer.gate_up, layer.gate_up_bias)
+            gate_up = linear(ops.rms_norm(x, layer.ffn_norm, eps, dtype), layer.gate_up, layer.gate_up_bias)
             linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x, out=x)
-        return linear(rms_norm(x, self.weights.final_norm, eps).index_select(0, batch.logit_rows), (self.weights.head,))
+        rows = ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
+        return linear(rows, (self.weights.head,), out=x.new_empty((len(rows), config.vocab_size)))

@@ -1,8 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
-Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. The variants
-are those that calls of ``sample`` and ``beam_select`` specialise to: argument dtypes, what is absent, and whether sizes are multiples of
-16. ``verify_drafts`` knows no others.
+Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. A module
+``cases_*`` for each family of ops names the ways in which calls specialise its kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..api import EndTokens, LogitBias, Penalties, VerifyResult
-from . import beam, sampler, verify
-from .launch import WARPS, Launch
+from . import cases_decide
+from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
+# Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases,)
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -33,28 +33,6 @@ _DTYPE = {
     torch.int64: "i64",
 }
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-class Variant(NamedTuple):
-    """A way to call ``sample`` and ``beam_select``."""
-
-    name: str
-    dtype: torch.dtype
-    vocab: int
-    lists: bool = False
-    mask: bool = False
-    logprobs: int | None = None  # of `sample`
-    noise: bool = False  # of `beam_select`
-
-
-VARIANTS = (
-    Variant("plain bf16", torch.bfloat16, 128256),
-    Variant("plain fp32", torch.float32, 151936),
-    Variant("everything fp32", torch.float32, 128256, lists=True, mask=True, logprobs=5, noise=True),
-    Variant("everything fp16, odd V", torch.float16, 50257, lists=True, mask=True, logprobs=5, noise=True),
-    Variant("V = 1", torch.float32, 1, lists=True, mask=True, logprobs=1, noise=True),
-    Variant("V = 2^22", torch.bfloat16, 1 << 22),
-)
 
 
 class Usage(NamedTuple):
@@ -71,35 +49,6 @@ class Usage(NamedTuple):
     fused: int  # multiplications and additions that do not round by themselves
 
 
-def _launches(v: Variant) -> Iterator[Launch]:
-    """The launches of all calls on meta tensors."""
-
-    def make(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    rows, entries, groups, candidates = 2, 32, 1, 8
-    f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    logits = make(v.dtype, rows, v.vocab)
-    floats, ints, seed = make(f32, rows), make(i32, rows), make(i64, rows)
-    lists: list[Any] = [None] * 3
-    if v.lists:
-        ids, starts = make(i32, entries), make(i32, rows + 1)
-        lists = [
-            Penalties(floats, floats, floats, ids, ids, starts),
-            LogitBias(ids, make(f32, entries), starts),
-            EndTokens(ids, ints, starts),
-        ]
-    lists.append(make(i32, rows, -(-v.vocab // 32)) if v.mask else None)
-    workspace = sampler.Workspace(rows, v.vocab, "meta", v.logprobs or 0, lists=v.lists)
-    call: list[Any] = [workspace, logits, floats, ints, floats, floats, seed, ints, ints, *lists, v.logprobs]
-    yield from sampler.launches(*call)
-    draw = (seed, ints) if v.noise else (None, None)
-    beams = beam.BeamWorkspace(rows, v.vocab, groups, candidates, "meta", lists=v.lists)
-    call = [beams, logits, floats, make(i32, groups + 1), candidates, floats, ints, ints, *draw, *lists]
-    yield from beam.launches(*call)
-    yield from verify.launches(VerifyResult(ints, ints), seed, ints, ints, ints, make(i32, rows + 1))
-
-
 def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel specialised to arguments as a launch would specialise it."""
     signature: dict[str, str] = {}
@@ -114,9 +63,11 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
             continue
         if isinstance(value, Tensor):
             signature[name] = "*" + _DTYPE[value.dtype]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
-        aligned = not number or value % 16 == 0  # the allocator aligns tensors to more than 16 bytes
+        aligned = isinstance(value, Tensor) or (number and value % 16 == 0)  # the allocator aligns tensors to more than 16 bytes
         if aligned and not parameter.do_not_specialize and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
@@ -145,23 +96,24 @@ def _fused(compiled: Any, code: str) -> int:
 
 
 def table(
-    variants: tuple[Variant, ...] = VARIANTS,
+    variants: Collection[str] | None = None,
     architectures: tuple[int, ...] = ARCHITECTURES,
     kernels: Collection[str] = tuple(WARPS),
     *,
     fusion: bool = False,
 ) -> list[Usage]:
-    """Compile kernels in every variant for every architecture; ``fusion`` as no launch has it, to see what it would do."""
+    """Compile kernels in every variant, or those named, for every architecture; ``fusion`` as no launch has it, to see what it would do."""
     rows = []
+    named = [case for cases in CASES for case in cases() if variants is None or case[0] in variants]
     with tempfile.TemporaryDirectory() as folder:
-        for variant in variants:
-            for kernel, _grid, arguments in _launches(variant):
+        for variant, launches in named:
+            for kernel, _grid, arguments in launches:
                 if kernel.__name__ not in kernels:
                     continue
-                options = {"num_warps": arguments["num_warps"], "enable_fp_fusion": fusion}
+                options = {name: arguments[name] for name in OPTIONS if name in arguments} | {"enable_fp_fusion": fusion}
                 for architecture in architectures:
                     compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
-                    rows.append(_usage(kernel, variant.name, architecture, options["num_warps"], compiled, Path(folder)))
+                    rows.append(_usage(kernel, variant, architecture, arguments["num_warps"], compiled, Path(folder)))
     return rows
 
 

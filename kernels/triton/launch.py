@@ -33,6 +33,7 @@ WARPS = {
     "beam_finish": 8,
     "verify_walk": 1,
 }
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid and its arguments

@@ -39,7 +39,7 @@ def _backend(name: str) -> ModuleType:
 
 
 def _has(backend: str, op: str) -> bool:
-    return backend != "triton" or op in _backend("triton").OPS
+    return backend not in ("fast", "triton") or op in _backend(backend).OPS
 
 
 @pytest.mark.parametrize(("backend", "op"), [(b, op) for b in registry.BACKENDS for op in registry.OP_NAMES if _has(b, op)])
@@ -50,10 +50,11 @@ def test_signatures_are_those_of_the_api(backend: str, op: str) -> None:
 
 
 def test_backends_have_the_ops_they_are_asked_for() -> None:
-    """All but Triton have every op; Triton's are ops, and what it has not it does not pretend to have."""
-    triton = _backend("triton")
-    assert set(triton.OPS) < set(registry.OP_NAMES)
-    assert not [op for op in registry.OP_NAMES if op not in triton.OPS and hasattr(triton, op)]
+    """The GPU's have some, and what they have not they do not pretend to have."""
+    for name in ("fast", "triton"):
+        backend = _backend(name)
+        assert set(backend.OPS) <= set(registry.OP_NAMES)
+        assert not [op for op in registry.OP_NAMES if op not in backend.OPS and hasattr(backend, op)]
 
 
 @pytest.mark.parametrize("op", registry.OP_NAMES)
@@ -158,8 +159,8 @@ def test_a_first_argument_that_is_no_tensor(op: str) -> None:
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="backend is 'fast'; known backends are auto, .*cpu.*reference"):
-        kernels.select("cpu", "fast")
+    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, .*cpu.*reference"):
+        kernels.select("cpu", "quick")
 
 
 def test_tensors_of_another_device_are_refused() -> None:
@@ -183,5 +184,5 @@ def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(kernels.select("cpu").chosen.values()) == {"reference"}
     registry.select.cache_clear()
     monkeypatch.setenv("ENGINE_KERNELS", "quick")
-    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, triton, reference"):
+    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, fast, triton, reference"):
         kernels.select("cpu")

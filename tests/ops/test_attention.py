@@ -240,7 +240,7 @@ def _entry(name: str, index: tuple[int, ...], value: int) -> Callable[[Batch], B
 
 
 BAD: dict[str, tuple[Callable[[Batch], Batch], type[Exception], str]] = {
-    "q dtype": (lambda b: replace(b, q=b.q.double()), TypeError, "q must be float32, got torch.float64"),
+    "q dtype": (lambda b: replace(b, q=b.q.double()), TypeError, "q must be float32 or bfloat16 or float16, got torch.float64"),
     "q shape": (lambda b: replace(b, q=b.q[0]), ValueError, r"q must have shape .*\(4, 16\)"),
     "q head_dim": (lambda b: replace(b, q=b.q[..., :8].contiguous()), ValueError, r"q must .* head_dim = 16.*\(3, 4, 8\)"),
     "q strides": (lambda b: replace(b, q=b.q.transpose(0, 1).contiguous().transpose(0, 1)), ValueError, "q must be contiguous"),

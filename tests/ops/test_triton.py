@@ -1,4 +1,4 @@
-"""The Triton kernels: in the interpreter against the oracle, compiled ahead of time, and on a GPU where there is one."""
+"""``sample`` in Triton: in the interpreter against the oracle, and on a GPU where there is one (``test_triton_compile`` compiles it)."""
 
 from __future__ import annotations
 
@@ -106,36 +106,6 @@ def test_sub_blocks_cover_the_row(vocab: int) -> None:
     c = sampler.constants(vocab)
     assert c["SUB"] * c["NSUB"] >= vocab and c["NSUB"] <= 4096 and sampler.MASS_CHUNK % c["SUB"] == 0
     assert c["MAX_CHUNKS"] * sampler.CHUNK >= vocab
-
-
-# ---- compiled ahead of time ----
-
-
-@pytest.fixture(scope="module")
-def compiled() -> Any:
-    from engine.kernels.triton import compile as module
-
-    chosen = [v for v in module.VARIANTS if v.name in ("plain bf16", "everything fp32")]
-    assert len(chosen) == 2
-    return module, module.table(tuple(chosen))
-
-
-def test_every_kernel_compiles_without_spills(compiled: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    module, table = compiled
-    with capsys.disabled():
-        module.show(table)
-    from engine.kernels.triton import launch
-
-    for architecture in (80, 90):
-        assert {u.kernel for u in table if u.architecture == architecture} == set(launch.WARPS)
-    assert [u for u in table if u.spills or u.stack] == []
-
-
-def test_no_kernel_fuses_multiplications_and_additions(compiled: Any) -> None:
-    module, table = compiled
-    assert [u for u in table if u.fused] == []
-    (fusing,) = module.table(module.VARIANTS[:1], (90,), ["sample_race"], fusion=True)
-    assert fusing.fused > 100  # the count can see them
 
 
 # ---- on a GPU ----

@@ -1,4 +1,4 @@
-"""``beam_select`` in Triton: in the interpreter against the oracle, and on a GPU where there is one (``test_triton`` compiles it)."""
+"""``beam_select`` in Triton: in the interpreter against the oracle, and on a GPU if there is one (``test_triton_compile`` compiles it)."""
 
 from __future__ import annotations
 

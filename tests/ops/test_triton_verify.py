@@ -1,4 +1,4 @@
-"""``verify_drafts`` in Triton: in the interpreter against the oracle, and on a GPU where there is one (``test_triton`` compiles it)."""
+"""``verify_drafts`` in Triton: in the interpreter against the oracle, and on a GPU if there is one (``test_triton_compile`` compiles)."""
 
 from __future__ import annotations
 
