@@ -54,6 +54,10 @@ class Transformer:
         return self.config.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.weights.final_norm.device
+
+    @property
     def bytes_per_step(self) -> int:
         """Bytes of weights a step reads at least once: everything but the embedding table, of which it reads single rows."""
         weights = self.weights
@@ -99,4 +103,4 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """The LM head: float32 ``[R, vocab_size]`` of ``hidden [R, hidden_size]``."""
         out = torch.empty((len(hidden), self.config.vocab_size), device=hidden.device)
-        return self.ops.linear(hidden, (self.weights.head,), out=out)  # type: ignore[no-any-return]
+        return self.ops.linear(hidden, (self.weights.head,), out=out)
