@@ -50,9 +50,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def words(
-    seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0
-) -> Tensor:
+def words(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0) -> Tensor:
     """The words of the tokens from ``first_token`` on: int64 ``[R, vocab_size]`` for ``seed``, ``position``, ``stream`` of shape ``[R]``
     (bits of any integer)."""
     seed, position, stream = (t.long()[:, None] for t in (seed, position, stream))
@@ -76,9 +74,7 @@ def exponential(word: Tensor, low: Tensor) -> Tensor:
     return -log_1f(torch.where(small, -u, f), torch.where(small, 0.0, exponent))
 
 
-def noise(
-    seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0
-) -> Noise:
+def noise(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0) -> Noise:
     """The noise of those tokens in each row; arguments as of ``words``."""
     word = words(seed, position, stream, vocab_size, domain, first_token)
     low = torch.zeros_like(word)
