@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode.sample import drawn_of, law_columns
+from .decode.sample import FILTERED, FUSED, PREPARED, drawn_by, drawn_of, law_columns
 from .device import Graph, Mark, StepDevice
 from .kernels import merge_draws
 from .kv_cache import KVCache
@@ -29,9 +29,8 @@ from .plan import StepPlan
 from .request import Drawn, Lookahead, Request, TokenSequence
 from .runner import Numbers, Runner, Started
 
-# How a step's rows become tokens. By the LM head that draws (rows without filters, lists and masks), by ``sample`` on logits (without lists
-# and masks); or the rows are only computed, and whoever wants them draws.
-FUSED, FILTERED, LOGITS, NONE = "fused", "filtered", "logits", "none"
+# What becomes of a step's rows beside FUSED and FILTERED: logits, for whoever draws from them; or there are none.
+LOGITS, NONE = "logits", "none"
 
 _SPLIT = 512  # tokens; tables of a graph have room for this many times a power of four: attention launches programs for what could be there
 _RING = 2  # as many steps can be on their way, the one that the host waits for and the one after it
@@ -269,11 +268,10 @@ def _draws(plan: StepPlan) -> str:
     """How the rows of a plan become tokens."""
     if not plan.rows:
         return NONE
-    if plan.beams or any(not row.controls.is_bare(row) or row.controls.processors or row.params.logprobs for row in plan.drawing):
-        return LOGITS
-    if any(s.draft and s.request.params.verification == "block" for s in plan.sequences):
-        return LOGITS  # its masses are taken from them
-    return FILTERED if any(row.controls.filters for row in plan.drawing) else FUSED
+    if plan.beams or any(s.draft and s.request.params.verification == "block" for s in plan.sequences):
+        return LOGITS  # block verification takes its masses from them
+    drawn = drawn_by(plan.drawing)
+    return LOGITS if drawn == PREPARED else drawn
 
 
 def _outputs(memory: Any, rows: int) -> _Outputs:

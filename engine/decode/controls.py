@@ -63,15 +63,15 @@ class Controls:
         self._unrestricted = not (self._bias or self._words) and self._ngram_size is None and self.allowed is None
         self._settled = max(self.min_position, num_prompt_tokens + len(self._prefix))  # from here on the position makes no difference
 
-    @property
-    def filters(self) -> bool:
-        """Whether not every token of the vocabulary may be drawn, by top-k, top-p or min-p. A greedy row has no filters."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-
     def is_bare(self, sequence: TokenSequence) -> bool:
         """Whether there is no list, and no mask, for a sequence of these options, nor will there be one (``rows.lists``)."""
         settled = self._unrestricted and sequence.num_tokens >= self._settled
         return settled and sequence.history is None and sequence.matcher is None
+
+    @property
+    def unfiltered(self) -> bool:
+        """Whether every token may be drawn, or filters make no difference (greedy)."""
+        return self.greedy or (self.top_k <= 0 and self.top_p >= 1.0 and self.min_p == 0.0)
 
     def bias(self, sequence: TokenSequence, penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
         """Distinct ids and what is added to their next logits; ``penalised``: what is subtracted from some besides."""

@@ -18,6 +18,17 @@ from ..request import Drawn, Lookahead, Request
 from .controls import token_mask
 from .rows import as_int64, failure, lists, process
 
+# What can draw tokens for rows, by what they ask for: the LM head itself (no filters, lists, masks, processors, nor other tokens'
+# log-probabilities), ``sample`` without lists and masks, or only what the host puts together for these very rows.
+FUSED, FILTERED, PREPARED = "fused", "filtered", "prepared"
+
+
+def drawn_by(rows: Sequence[Request | Lookahead]) -> str:
+    """FUSED, FILTERED or PREPARED."""
+    if any([not row.controls.is_bare(row) or row.controls.processors or row.params.logprobs for row in rows]):
+        return PREPARED
+    return FUSED if all([row.controls.unfiltered for row in rows]) else FILTERED
+
 
 class Sampler:
     """Draws tokens for the rows of steps, all rows of a step in one kernel call.
@@ -34,8 +45,16 @@ class Sampler:
         self._num_top = 0
         self._processed: list[int] = []  # rows that processors rewrite
         self._bare = False  # no row has a list or a mask
+        self._fusible = False
         self._result: SampleResult | None = None
         self._columns: list[Any] = []  # views of it
+
+    def can_fuse(self, rows: list[Request | Lookahead]) -> bool:
+        """Whether ``sample_head`` can draw for all rows: none asks for lists, masks, processors, filters or other tokens'
+        log-probabilities."""
+        if rows != self._rows:
+            self._take(rows)
+        return self._fusible
 
     def draw(self, logits: Tensor, rows: list[Request | Lookahead]) -> list[Drawn]:
         """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
@@ -57,7 +76,14 @@ class Sampler:
         )
         if own is not None:
             _restore_raw(self.ops, own, processed, rows, result, self._num_top)
-        if result is not self._result or not logits.is_cpu:
+        return self.drawn(result, rows, errors)
+
+    def drawn(self, result: SampleResult, rows: list[Request | Lookahead], errors: Mapping[int, str] = MappingProxyType({})) -> list[Drawn]:
+        """What a result, with log-probabilities, says of the rows that ``draw`` or ``can_fuse`` was given last.
+
+        ``errors``: why a row has no token whatever the result says.
+        """
+        if result is not self._result or not result.tokens.is_cpu:
             self._columns = columns_of(result)
             self._result = result
         drawn = drawn_of(self._columns, rows, errors)
@@ -72,6 +98,7 @@ class Sampler:
         self._num_top = max([row.params.logprobs for row in rows])
         self._processed = [r for r, row in enumerate(rows) if row.controls.processors]
         self._bare = all([row.controls.is_bare(row) for row in rows])
+        self._fusible = drawn_by(rows) == FUSED
         self._rows = rows  # last, should anything be interrupted
 
 
