@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .device import upload
 from .kernels.checks import CACHE_DTYPES, SCALE_BYTES, SCALED_DTYPES, SUB_BLOCK, device_has
 from .kernels.registry import Ops
 
@@ -71,9 +72,8 @@ class KVCache:
         ops.move_tokens(self._keys, self._values, *self._int32(sources, targets))
 
     def _int32(self, *columns: list[int]) -> Tensor:
-        """Numbers of the host on the cache's device, where the host does not wait for them to arrive."""
-        on_gpu = self._keys.is_cuda
-        return torch.tensor(columns, dtype=torch.int32, pin_memory=on_gpu).to(self._keys.device, non_blocking=on_gpu)
+        """Numbers of the host on the cache's device."""
+        return upload(torch.tensor(columns, dtype=torch.int32), self._keys.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -34,6 +34,7 @@ class Ops:
     feed_tokens: Callable[..., Any]
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
+    sample_head: Callable[..., Any]
     beam_select: Callable[..., Any]
     verify_drafts: Callable[..., Any]
     masses: Callable[..., Any]
