@@ -165,7 +165,7 @@ class GraphRunner(Runner):
         return started.draw is not None and not any(scheduled.draft for scheduled in started.plan.sequences)
 
     def start(self, plan: StepPlan) -> Started:
-        self.cache.copy_blocks(plan.copies)
+        self.cache.copy_blocks(self.model.ops, plan.copies)
         sizes, numbers = self._sizes(plan)
         again = self._comes_again(plan)
         shape = self._shapes.get(sizes) or self._shape(sizes)
