@@ -50,7 +50,7 @@ def tiling(width: int, depth: int, format: str, dtype: torch.dtype) -> Tiling:
     block_k = 32 if format == "float" and (wide or odd) else 64
     stages, warps = (2, 8) if wide else (4, 4)
     possible = max(1, depth // SHORTEST_SEGMENT)
-    wanted = min(possible, max(1, PROGRAMS // -(-width // block_n)))
+    wanted = min(possible, max(1, PROGRAMS // max(1, -(-width // block_n))))
     segment_depth = max(1, -(-depth // (wanted * block_k))) * block_k
     return Tiling(block_n, block_k, stages, warps, segment_depth, max(1, -(-depth // segment_depth)))
 
