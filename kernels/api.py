@@ -148,8 +148,8 @@ def linear(
 
     ``x [M, K]`` activations, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype
     (fp32, bf16 or fp16), read in the model's own storage; or, of one format, ``PackedWeight`` (for a CPU) or ``QuantizedWeight`` (for a
-    GPU). ``biases[i] [N_i]`` of the weights' dtype or fp32 (beside packed and quantised weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` contiguous and float32 (without
-    ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
+    GPU). ``biases[i] [N_i]`` of the weights' dtype or fp32 (beside packed and quantised weights any of the three). ``residual`` and ``out``
+    are ``[M, sum N_i]`` contiguous and float32 (without ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
 
     Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
     fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
@@ -157,12 +157,12 @@ def linear(
     instruction, rounds twice). Beside panels of bf16, x is rounded to bf16 (to nearest even), and of two neighbours along K the second is
     added first: the arithmetic of x86's vdpbf16ps, which is used where the machine has it (and takes subnormal numbers for zeros).
 
-    Beside ``QuantizedWeight`` x stays as it is and weights become of its dtype again: the integers of int8 and the numbers of fp8, which
-    multiplies no error (their scale multiplies the sum), of int4 the products with their scales, rounded.
+    With packed int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as
+    LLM.int8 and its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in
+    float32. The result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
 
-    With packed int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as LLM.int8 and
-    its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in float32. The
-    result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
+    Beside ``QuantizedWeight`` x stays as it is, and the weights take its dtype: the integers of int8 and the numbers of fp8 without any
+    rounding (their scale multiplies the sum), of int4 their products with the scales, rounded.
     """
     return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 

@@ -2,11 +2,11 @@
 
 An output is ``sum over segments, in order, of (sum over k of the segment, from 0, in steps of BLOCK_K)``, then times the scale of its
 weights (int8, fp8), plus bias, plus residual, then rounded to the dtype of ``out``. How K is cut depends on the widths of the matrices
-alone. A program makes a tile of ``BLOCK_N`` outputs of ``BLOCK_M`` rows, and the weights are the first operand of the product: the machine's
-instruction (on Hopper ``wgmma`` with 64 outputs and BLOCK_M rows, on Ampere ``mma.m16n8k16``) and the order in which it is issued are then
+alone. A program makes a tile of BLOCK_N outputs of BLOCK_M rows, and the weights are the first operand of the product: the machine's
+instruction (on Hopper ``wgmma`` of 64 outputs and BLOCK_M rows, on Ampere ``mma.m16n8k16``) and the order in which it is issued are then
 the same for one row as for a thousand, as long as BLOCK_M never changes; rows that are not there are zeros. BLOCK_M is 64: a batch of
-decoded rows fits one tile, whose 64 operations for each byte of bf16 weights are still less than a GPU does while it reads the byte; and
-quantised weights go from registers where they are unpacked right into the product.
+decoded rows fits one tile, whose 64 multiply-adds for each weight are still fewer than a GPU does while it reads one of 16 bits; and
+quantised weights go from the registers where they are unpacked right into the product.
 
 Who computes the segments changes no bit: one program all of them (many rows: enough programs without), or each its own program, whose
 sums ``linear_finish`` adds in order (few rows: otherwise a matrix of few outputs would leave most of the GPU idle).

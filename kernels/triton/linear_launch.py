@@ -38,9 +38,6 @@ class Tiling(NamedTuple):
     segment_depth: int
     segments: int
 
-    def constants(self) -> dict[str, Any]:
-        return {"BLOCK_M": BLOCK_M, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k, "num_stages": self.stages, "num_warps": self.warps}
-
 
 def tiling(width: int, depth: int, format: str, dtype: torch.dtype) -> Tiling:
     """Of nothing but the matrices and the dtype they are multiplied in, so that all rows are computed alike."""
@@ -78,21 +75,42 @@ def launches(
     x: Tensor, weights: Sequence[Weight], biases: Sequence[Tensor | None] | None, residual: Tensor | None, out: Tensor
 ) -> Iterator[Launch]:
     """The kernels of a call with their grids and arguments."""
-    format = _format(weights[0])
-    dtype = product_dtype(x, weights[0])
-    cut = tiling(out.shape[1], x.shape[1], format, dtype)
+    width = out.shape[1]
     start = 0
     for group, bias in _groups(weights, biases):
-        yield from _launches(x, group, bias, residual, out, start, format, dtype, cut)
+        yield from _launches(
+            x, group, bias, residual, out, start, tiling(width, x.shape[1], format_of(weights[0]), dtype_of(x, weights[0]))
+        )
         start += sum(w.shape[0] for w in group)
 
 
-def product_dtype(x: Tensor, weight: Weight) -> torch.dtype:
+def product_arguments(x: Tensor, weight: Weight, cut: Tiling) -> dict[str, Any]:
+    """What ``product`` takes beside the tile, the matrix and its scales, and how it is launched."""
+    return {
+        "x": x,
+        "x_stride": x.stride(0),
+        "depth": x.shape[1],
+        "stride": weight.data.stride(0) if isinstance(weight, QuantizedWeight) else weight.shape[1],  # of no meaning for int4
+        "segment_depth": cut.segment_depth,
+        "SEGMENTS": cut.segments,
+        "FORMAT": format_of(weight),
+        "EVEN": x.shape[1] % cut.block_k == 0,
+        "DTYPE": _DTYPE[dtype_of(x, weight)],
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": cut.block_n,
+        "BLOCK_K": cut.block_k,
+        "num_stages": cut.stages,
+        "num_warps": cut.warps,
+    }
+
+
+def dtype_of(x: Tensor, weight: Weight) -> torch.dtype:
     """What is multiplied: x and weights of one dtype as they are, others in float32; quantised weights in that of x."""
     return x.dtype if isinstance(weight, QuantizedWeight) or weight.dtype == x.dtype else torch.float32
 
 
-def _format(weight: Weight) -> str:
+def format_of(weight: Weight) -> str:
+    """Of a matrix, as the kernels call it."""
     return weight.format if isinstance(weight, QuantizedWeight) else "float"
 
 
@@ -108,70 +126,45 @@ def _groups(weights: Sequence[Weight], biases: Sequence[Tensor | None] | None) -
 
 
 def _launches(
-    x: Tensor,
-    weights: list[Weight],
-    biases: list[Tensor | None],
-    residual: Tensor | None,
-    out: Tensor,
-    start: int,
-    format: str,
-    dtype: torch.dtype,
-    cut: Tiling,
+    x: Tensor, weights: list[Weight], biases: list[Tensor | None], residual: Tensor | None, out: Tensor, start: int, cut: Tiling
 ) -> Iterator[Launch]:
-    rows, depth = x.shape
-    counts = [w.shape[0] for w in weights]
+    rows, counts = x.shape[0], [w.shape[0] for w in weights]
     tiles = sum(-(-n // cut.block_n) for n in counts)
     row_tiles = -(-rows // BLOCK_M)
     split = cut.segments > 1 and row_tiles * tiles < PROGRAMS
-    partial = x.new_empty((cut.segments, rows, sum(counts)), dtype=torch.float32) if split else None
-    scales = [_scale(w) for w in weights]
     ends = {
-        **_numbered("scale", scales, None),
+        **_numbered("scale", [scales(w) for w in weights], None),
         **_numbered("bias", biases, None),
         **_numbered("columns", counts, 0),
         "residual": residual,
         "out": out,
         "out_stride": out.shape[1],
         "out_start": start,
-        "partial": partial,
+        "partial": x.new_empty((cut.segments, rows, sum(counts)), dtype=torch.float32) if split else None,
         "rows": rows,
         "MATRICES": len(weights),
         "SEGMENTS": cut.segments,
-        "FORMAT": format,
+        "FORMAT": format_of(weights[0]),
+        "BLOCK_N": cut.block_n,
     }
-    products = {
-        **_numbered("w", [_data(w) for w in weights], None),
-        "x": x,
-        "x_stride": x.stride(0),
-        "depth": depth,
-        "stride": row_stride(weights[0]),
-        "segment_depth": cut.segment_depth,
-        "SPLIT": split,
-        "EVEN": depth % cut.block_k == 0,
-        "DTYPE": _DTYPE[dtype],
-        **cut.constants(),
-    }
-    yield launch(linear_tiles, (row_tiles, tiles, cut.segments if split else 1), ends, products)
+    matrices = _numbered("w", [elements(w) for w in weights], None)
+    grid = (row_tiles, tiles, cut.segments if split else 1)
+    yield launch(linear_tiles, grid, ends, matrices, {"SPLIT": split}, product_arguments(x, weights[0], cut))
     if split:
-        yield launch(linear_finish, (-(-rows // _FINISH_ROWS), tiles), ends, {"ROWS": _FINISH_ROWS, "BLOCK_N": cut.block_n})
+        yield launch(linear_finish, (-(-rows // _FINISH_ROWS), tiles), ends, {"ROWS": _FINISH_ROWS})
 
 
 def _numbered(name: str, values: Sequence[Any], absent: Any) -> dict[str, Any]:
     return {f"{name}{i}": values[i] if i < len(values) else absent for i in range(MATRICES)}
 
 
-def _data(weight: Weight) -> Tensor:
-    """The elements as the kernels read them."""
-    return weight.data.view(torch.uint8) if _format(weight) == "fp8" else weight.data
+def elements(weight: Weight) -> Tensor:
+    """The matrix as the kernels read it."""
+    return weight.data.view(torch.uint8) if format_of(weight) == "fp8" else weight.data
 
 
-def _scale(weight: Weight) -> Tensor | None:
-    """The scales as the kernels read them: two of int4 as one number."""
+def scales(weight: Weight) -> Tensor | None:
+    """Its scales as the kernels read them: two of int4 as one number."""
     if not isinstance(weight, QuantizedWeight):
         return None
     return weight.scale.view(torch.int32)[..., 0] if weight.format == "int4" else weight.scale
-
-
-def row_stride(weight: Weight) -> int:
-    """Elements from one output to the next; of no meaning for int4."""
-    return weight.data.stride(0) if isinstance(weight, QuantizedWeight) else weight.shape[1]

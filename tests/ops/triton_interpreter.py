@@ -1,4 +1,4 @@
-"""What Triton's interpreter gets wrong about bfloat16 and loops, put right for the programs that run kernels in it."""
+"""What the interpreter of Triton does otherwise than a GPU, put right for the programs that compare bits under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -9,44 +9,49 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-
-def _bfloat16(bits: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16)
+_TORCH = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 
 
-def repair_bfloat16() -> None:
-    """Its own conversions lose subnormal values, do not round to the nearest and take integers for bits, and its products multiply bits."""
+def exact_conversions() -> None:
+    """Conversions between float32, bfloat16 and float8 round to the nearest, ties to even, and keep subnormal values, as those of a GPU do
+    (PTX: ``cvt.rn``, and ``cvt.rn.satfinite`` to float8, here of values within its range); the interpreter's own cut off the rest."""
+
+    def convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        del rounding  # nothing asks for another
+        bits = np.ascontiguousarray(data)
+        size = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+        x = torch.from_numpy(bits.view(f"u{bits.itemsize}")).view(_TORCH[source])
+        y = x.to(_TORCH[target])
+        return y.view(size[y.element_size()]).numpy()
+
+    interpreter._convert_float = convert
+
+
+def sixteen_bit_products() -> None:
+    """Products of bfloat16 and float16 in float32, as those of a GPU are (the interpreter multiplies the bits of bfloat16), and integers to
+    bfloat16 by their value."""
     builder = interpreter.InterpreterBuilder
-    convert, dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
+    dot, cast = builder.create_dot, builder.cast_impl
 
-    def convert_float(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
-        if source == tl.bfloat16 and target == tl.float32:
-            return _bfloat16(values).float().numpy().view(np.uint32)
-        if source == tl.float32 and target == tl.bfloat16:
-            # by way of bytes, as the original: what comes may have any strides
-            wide = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
-            return wide.bfloat16().view(torch.int16).numpy().view(np.uint16)
-        return convert(values, source, target, rounding)  # type: ignore[no-any-return]
+    def widened(t: Any) -> Any:
+        if t.dtype.scalar == tl.bfloat16:
+            bits = torch.from_numpy(np.ascontiguousarray(t.data).view(np.int16))
+            return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+        return interpreter.TensorHandle(t.data.astype(np.float32), tl.float32) if t.dtype.scalar == tl.float16 else t
 
-    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (interpreter.TensorHandle(_bfloat16(t.data).float().numpy(), tl.float32) for t in (a, b))
-        elif a.dtype.scalar == tl.float16:  # exact, and numpy has a fast product for it
-            a, b = (interpreter.TensorHandle(t.data.astype(np.float32), tl.float32) for t in (a, b))
-        return dot(self, a, b, d, precision, imprecise)
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return dot(self, widened(a), widened(b), *others)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
             source = interpreter.TensorHandle(source.data.astype(np.float32), tl.float32)
         return cast(self, source, target)
 
-    interpreter._convert_float = convert_float
-    builder.create_dot = create_dot
-    builder.cast_impl = cast_impl
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
-def repair_ranges() -> None:
-    """Bounds of loops are arrays of one element to it, which numpy 2.4 takes for no integer."""
+def bounds_of_loops() -> None:
+    """They are arrays of one element, of which numpy 2.4 makes no integer."""
     patch = interpreter._patch_lang_tensor
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
