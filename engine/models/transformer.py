@@ -43,7 +43,8 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
+        cos, sin = rope_tables(config.rope, config.max_position)
+        self.cos, self.sin = cos.to(self.device), sin.to(self.device)  # float32 [max_position, rotary_dim / 2]
         self._activations = torch.float32 if weights.final_norm.is_cpu else self.dtype
         self._one_call = one_call(ops, config, weights, self.cos, self.sin)
 
@@ -52,6 +53,11 @@ class Transformer:
         """The weights' dtype before any packing (the embedding's, where they differ)."""
         assert self.config.dtype is not None  # `load` has set it
         return self.config.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights.final_norm.device
 
     @property
     def bytes_per_step(self) -> int:
@@ -69,11 +75,11 @@ class Transformer:
         Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns float32 ``[R, vocab_size]``. Where
         it is one call (``kernels.forward``), rows that nobody asks for end in the last layer; the bits are the same.
         """
-        return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.logits(batch, cache)
+        return self.logits(self.hidden(batch, cache)) if self._one_call is None else self._one_call.logits(batch, cache)
 
     @torch.no_grad()  # the weights may be Parameters that want gradients
-    def _op_by_op(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """``forward_logits`` over any backend's ops; what ``kernels.forward`` does in one call."""
+    def hidden(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """All of ``forward_logits`` but the LM head, over any backend's ops: what the head meets, activations ``[R, hidden_size]``."""
         config, ops = self.config, self.ops
         linear, eps, dtype = ops.linear, config.norm_eps, self._activations
         interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
@@ -93,5 +99,10 @@ class Transformer:
             linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
             gate_up = linear(ops.rms_norm(x, layer.ffn_norm, eps, dtype), layer.gate_up, layer.gate_up_bias)
             linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x, out=x)
-        rows = ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
-        return linear(rows, (self.weights.head,), out=x.new_empty((len(rows), config.vocab_size)))
+        return ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head: float32 ``[R, vocab_size]`` of ``hidden [R, hidden_size]``."""
+        out = torch.empty((len(hidden), self.config.vocab_size), device=hidden.device)
+        return self.ops.linear(hidden, (self.weights.head,), out=out)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select", "verify_drafts")
+OPS = ("sample", "beam_select", "verify_drafts", "linear")
 # Where they and what belongs to them are.
 _MODULES = {
     "sample": "sampler",
@@ -20,6 +20,7 @@ _MODULES = {
     "beam_select": "beam",
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
+    "linear": "linear_launch",
 }
 
 

@@ -19,18 +19,20 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_decide
+from . import cases_decide, cases_linear
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
-CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases,)
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases, cases_linear.cases)
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.int8: "i8",
+    torch.uint8: "u8",
 }
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

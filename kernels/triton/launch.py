@@ -32,6 +32,8 @@ WARPS = {
     "beam_gather": 8,
     "beam_finish": 8,
     "verify_walk": 1,
+    "linear_tiles": 4,
+    "linear_finish": 4,
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")

@@ -329,7 +329,7 @@ def test_live_models_that_cannot_be_used() -> None:
         load(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a dict"):
         load({})
-    with pytest.raises(ValueError, match="LlamaForCausalLM has parameters on device meta: not yet"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is on device meta; it must be on one of cpu, cuda"):
         load(model.to("meta"))
 
 

@@ -105,7 +105,7 @@ def test_decoder_keeps_the_token_law(weights: str) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     model = hf_model(TIED)
-    with pytest.raises(ValueError, match="weights is 'fp8'; it must be None or one of shared, packed, int8, int4"):
+    with pytest.raises(ValueError, match="weights is 'fp8'; on cpu it must be None or one of shared, packed, int8, int4"):
         load(model, weights="fp8")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[3, 5] = torch.inf

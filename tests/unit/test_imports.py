@@ -26,6 +26,7 @@ LAYERS = (
         "engine.decode",
         "engine.drafters",
         "engine.explain",
+        "engine.graph_runner",
         "engine.pace",
         "engine.plan",
         "engine.runner",
@@ -42,7 +43,7 @@ LAYERS = (
         "engine.tokenizer",
         "engine.verify",
     ),
-    ("engine.columns", "engine.option_checks"),
+    ("engine.columns", "engine.device", "engine.option_checks"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
