@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select", "verify_drafts", "linear")
+OPS = ("sample", "beam_select", "verify_drafts", "linear", "sample_head")
 # Where they and what belongs to them are.
 _MODULES = {
     "sample": "sampler",
@@ -21,6 +21,7 @@ _MODULES = {
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
     "linear": "linear_launch",
+    "sample_head": "head",
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..api import HeadDraw
-from . import cases_linear, head
+from ..quantized import BLOCK, QuantizedWeight
+from . import head
 from .launch import Launch
 
 
@@ -51,5 +52,15 @@ def _launches(v: Variant) -> Iterator[Launch]:
     rows, f32, i32, i64 = 2, torch.float32, torch.int32, torch.int64
     floats, both = make(f32, rows), make(f32, 2, rows)
     result = HeadDraw(make(i64, rows), make(i32, rows), floats, both, both, both)
-    weight = cases_linear.weight(v.dtype, v.vocab, v.depth, v.format)
-    yield from head.launches(result, make(v.dtype, rows, v.depth), weight, floats, make(i64, rows), make(i32, rows), make(i32, rows), v.first_token)
+    weight: Any = make(v.dtype, v.vocab, v.depth)
+    blocks = -(-v.depth // BLOCK)
+    if v.format == "int4":
+        weight = QuantizedWeight(
+            make(torch.uint8, blocks, v.vocab, BLOCK // 2), make(torch.float16, blocks, v.vocab, 2), "int4", weight.shape
+        )
+    elif v.format != "float":
+        data = make(torch.int8 if v.format == "int8" else torch.float8_e4m3fn, v.vocab, blocks * BLOCK)
+        weight = QuantizedWeight(data, make(f32, v.vocab), v.format, weight.shape)
+    yield from head.launches(
+        result, make(v.dtype, rows, v.depth), weight, floats, make(i64, rows), make(i32, rows), make(i32, rows), v.first_token
+    )

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from .. import checks_sample
 from ..api import HeadDraw
-from . import linear
+from ..packed import PackedWeight
 from .head_kernels import head_merge, head_tiles
 from .launch import Launch, check_device, launch, run
+from .linear_launch import BLOCK_M, Weight, dtype_of, elements, format_of, product_arguments, scales, tiling
 
 
 def sample_head(
     x: Tensor,
-    head: linear.Weight,
+    head: Weight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,
@@ -27,6 +28,8 @@ def sample_head(
     """See ``api.sample_head``. A ``first_token`` that is no multiple of 4 makes the noise cost up to four times as much."""
     checks_sample.sample_head(x, head, temperature, seed, position, stream, first_token)
     check_device(x.device, "x")
+    if isinstance(head, PackedWeight):
+        raise TypeError(f"head is packed for the CPU's kernels ({head.format}); a GPU takes tensors or kernels.quantize(...)")
     rows = len(x)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,41 +44,29 @@ def sample_head(
 
 
 def launches(
-    result: HeadDraw, x: Tensor, head: linear.Weight, temperature: Tensor, seed: Tensor, position: Tensor, stream: Tensor, first_token: int
+    result: HeadDraw, x: Tensor, head: Weight, temperature: Tensor, seed: Tensor, position: Tensor, stream: Tensor, first_token: int
 ) -> Sequence[Launch]:
     """The kernels of a call in order, each with its grid and arguments."""
     rows, depth = x.shape
     vocab = head.shape[0]
-    format, dtype = linear._format(head), linear.product_dtype(x, head)
-    cut = linear.tiling(vocab, depth, format, dtype)
+    cut = tiling(vocab, depth, format_of(head), dtype_of(x, head))
     tiles = -(-vocab // cut.block_n)
-    product = {
-        "x": x,
-        "x_stride": x.stride(0),
-        "head": linear._data(head),
-        "scale": getattr(head, "scale", None),
-        "stride": linear.row_stride(head),
-        "depth": depth,
-        "segment_depth": cut.segment_depth,
-        "vocab": vocab,
-        "SEGMENTS": cut.segments,
-        "FORMAT": format,
-        "EVEN": depth % cut.block_k == 0,
-        "DTYPE": linear._DTYPE[dtype],
-        **cut.constants(),
-    }
 
     def scratch(dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty((rows, tiles), dtype=dtype, device=x.device)
 
-    of_tiles = {"scores": scratch(), "winners": scratch(torch.int32), "logits": scratch(), "largest": scratch(), "mass": scratch(), "scaled_mass": scratch()}
-    common = {"rows": rows, "first_token": first_token, "temperature": temperature, "tiles": tiles, "BLOCK_N": cut.block_n}
+    of_tiles = {
+        "tile_scores": scratch(), "tile_tokens": scratch(torch.int32), "tile_logits": scratch(), "tile_largest": scratch(),
+        "tile_mass": scratch(), "tile_scaled_mass": scratch(), "tiles": tiles,
+    }  # fmt: skip
+    common = {"rows": rows, "first_token": first_token, "temperature": temperature, "BLOCK_N": cut.block_n}
+    matrix = {"head": elements(head), "scale": scales(head), "vocab": vocab}
     draw = {"seed": seed, "position": position, "stream": stream, "ALIGNED": first_token % 4 == 0}
     return [
-        launch(head_tiles, (-(-rows // linear.BLOCK_M), tiles), common, of_tiles, product, draw),
+        launch(head_tiles, (-(-rows // BLOCK_M), tiles), common, of_tiles, matrix, draw, product_arguments(x, head, cut)),
         launch(
             head_merge, (rows,), common, of_tiles,
             {"tokens": result.tokens, "status": result.status, "scores": result.scores, "logprobs": result.logprobs},
-            {"all_largest": result.largest, "all_mass": result.mass},
+            {"largest": result.largest, "mass": result.mass},
         ),
     ]  # fmt: skip

@@ -42,7 +42,19 @@ LISTED = tl.constexpr(1)  # the row has lists
 LIST_BAD = tl.constexpr(2)  # one of them is out of range
 
 # Arguments whose value or alignment must not make Triton compile anew in the middle of a run, for they gain nothing from it.
-_ANY_VALUE = ("chunks", "penalty_size", "bias_size", "end_size", "num_top", "rows", "groups", "num_candidates", "room", "first_token", "tiles")
+_ANY_VALUE = (
+    "chunks",
+    "penalty_size",
+    "bias_size",
+    "end_size",
+    "num_top",
+    "rows",
+    "groups",
+    "num_candidates",
+    "room",
+    "first_token",
+    "tiles",
+)
 _ANY_ALIGNMENT = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "stream",
     "repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start",
