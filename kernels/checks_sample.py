@@ -14,6 +14,7 @@ from torch import Tensor
 from . import checks
 from .api import EndTokens, LogitBias, Penalties
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 1 << 22  # sums of so many weights of 2^40 stay below 2^62
@@ -149,7 +150,13 @@ def sample(
 
 
 def sample_head(
-    x: Tensor, head: Tensor | PackedWeight, temperature: Tensor, seed: Tensor, position: Tensor, stream: Tensor, first_token: int
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    first_token: int,
 ) -> None:
     """Check everything that can be seen from outside the tensors."""
     checks.linear(x, (head,), None, None, None)

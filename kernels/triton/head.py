@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import checks_sample
 from ..api import HeadDraw
 from ..packed import PackedWeight
+from ..quantized import QuantizedWeight
 from .head_kernels import head_merge, head_tiles
 from .launch import Launch, check_device, launch, run
 from .linear_launch import BLOCK_M, Weight, dtype_of, elements, format_of, product_arguments, scales, tiling
@@ -17,7 +18,7 @@ from .linear_launch import BLOCK_M, Weight, dtype_of, elements, format_of, produ
 
 def sample_head(
     x: Tensor,
-    head: Weight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,
