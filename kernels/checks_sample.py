@@ -1,4 +1,5 @@
-"""Argument checks of ``sample``, ``sample_head``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the argument.
+"""Argument checks of ``sample``, ``sample_head``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the
+argument.
 
 The functions named like an op look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
 ``beam_values`` read what is in the tensors; on a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER.
