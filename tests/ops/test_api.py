@@ -18,7 +18,7 @@ import torch
 from engine import kernels
 from engine.kernels import api, registry
 
-TRITON_OPS = ("sample", "beam_select", "verify_drafts")
+TRITON_OPS = ("sample", "beam_select", "verify_drafts", "linear", "sample_head")
 
 
 @pytest.fixture(autouse=True)
