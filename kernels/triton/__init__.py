@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 OPS = (
-    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "beam_select",
-    "verify_drafts",
+    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "sample_head",
+    "beam_select", "verify_drafts",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -31,6 +31,7 @@ _MODULES = {
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
     "linear": "linear_launch",
+    "sample_head": "head",
 }
 
 
