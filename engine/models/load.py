@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.registry import Ops, select
+from ..parallel import Parallel
 from . import origin
 from .checkpoint import PICKLED, open_tensors, read_json, weight_files
 from .config import ModelConfig
 from .families import FAMILIES, find_family
 from .readers import read_token_id, read_token_ids, weight_dtype
+from .shard import Shard
 from .transformer import Transformer
 from .weights import WEIGHTS, Assembler, Names, clean_name
 
@@ -29,7 +31,7 @@ class LoadedModel:
     """A model ready to decode, and where its tokenizer lies."""
 
     model: Transformer
-    config: ModelConfig
+    config: ModelConfig  # of the whole model, also where ``model`` is a rank's part of it
     tokenizer_path: Path | None  # a folder with a tokenizer.json
     name: str
 
@@ -42,6 +44,7 @@ def load(
     max_position: int | None = None,
     origin_config: Any = None,
     weights: str | None = None,
+    parallel: Parallel | None = None,
 ) -> LoadedModel:
     """Make a Transformer of a model.
 
@@ -67,6 +70,7 @@ def load(
 
             Default: "shared" for a live model, and where the C++ kernels cannot run; else "packed". A mapped file is read once for it and
             its memory given back; a live model's own tensors stay alive beside the copy for as long as their owner keeps them.
+        parallel: the ranks that share the model; each loads its part (``shard.Shard``) of a source that all have.
 
     Raises:
         ValueError: a model, config, dtype or checkpoint that is not supported or contradicts itself, by name.
@@ -100,10 +104,16 @@ def load(
     ops = ops or select("cpu")
     if weights is None:
         weights = "shared" if isinstance(source, nn.Module) or ops.chosen["linear"] != "cpu" else "packed"
-    built = Assembler(config, names, tensors, name, target, weights).build()
+    shard = None if parallel is None else Shard(parallel.rank, parallel.size)
+    if shard is not None:
+        shard.config(config)  # may refuse, before anything is read
+        if isinstance(source, nn.Module) and weights == "shared":
+            logger.warning("%s: some matrices of this rank's part are copies, so later changes to the model are not seen in all", name)
+    built = Assembler(config, names, tensors, name, target, weights, shard).build()
     stored = tensors[f"{names.embedding}.weight"].dtype
     config = replace(config, tied_head=built.head is built.embedding, dtype=target or stored)
-    return LoadedModel(Transformer(config, built, ops), config, tokenizer_path, name)
+    own = config if shard is None else shard.config(config)
+    return LoadedModel(Transformer(own, built, ops, parallel), config, tokenizer_path, name)
 
 
 def _live(model: nn.Module) -> tuple[ModelConfig, Names, Mapping[str, Tensor], str]:

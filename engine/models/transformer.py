@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ..kernels.forward import one_call
 from ..kernels.registry import Ops
+from ..parallel import Parallel
 from .batch import StepBatch
 from .config import ModelConfig
 from .rope import rope_tables
+from .shard import Shard
 from .weights import Matrix, ModelWeights
 
 
@@ -35,17 +37,22 @@ class Transformer:
         config: sizes and options.
         weights: the tensors; read where they lie.
         ops: the kernels (``engine.kernels.select``).
+        parallel: the ranks of whose model this is one part (``shard.Shard``), its sizes in ``config``; None: it is the whole.
 
     On a CPU activations are float32 whatever the weights' dtype; on a GPU what meets the weights has their dtype.
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops, parallel: Parallel | None = None) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
         self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
         self._activations = torch.float32 if weights.final_norm.is_cpu else self.dtype
-        self._one_call = one_call(ops, config, weights, self.cos, self.sin)
+        self.parallel = parallel
+        self._one_call = one_call(ops, config, weights, self.cos, self.sin) if parallel is None else None
+        self._in_order = "fast" not in ops.chosen.values()
+        ranks = [] if parallel is None else [Shard(rank, parallel.size) for rank in range(parallel.size)]
+        self._vocabularies = [shard.vocabulary(config.vocab_size) for shard in ranks]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,7 +74,8 @@ class Transformer:
         """Run the T tokens of a step, write their keys and values into ``cache``, and run the LM head on the rows ``batch.logit_rows``.
 
         Positions must lie below ``config.max_position`` and tokens below ``config.vocab_size``. Returns float32 ``[R, vocab_size]``. Where
-        it is one call (``kernels.forward``), rows that nobody asks for end in the last layer; the bits are the same.
+        it is one call (``kernels.forward``), rows that nobody asks for end in the last layer; the bits are the same. Of a model in parts
+        rank 0 has that, the others the columns of their own vocabulary.
         """
         return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.logits(batch, cache)
 
@@ -76,8 +84,9 @@ class Transformer:
         """``forward_logits`` over any backend's ops; what ``kernels.forward`` does in one call."""
         config, ops = self.config, self.ops
         linear, eps, dtype = ops.linear, config.norm_eps, self._activations
+        whole = self.parallel is None or self.parallel.rank == 0
         interleaved, scale = config.rope.interleaved, config.head_dim**-0.5
-        x = ops.embed(batch.tokens, self.weights.embedding)
+        x = self._embed(batch.tokens)
         for i, layer in enumerate(self.weights.layers):
             key, value = cache.key(i), cache.value(i)
             qkv = linear(ops.rms_norm(x, layer.attention_norm, eps, dtype), layer.qkv, layer.qkv_bias)
@@ -89,9 +98,31 @@ class Transformer:
                 q, key, value, batch.block_table, batch.query_start, batch.context_len, scale=scale, window=config.windows[i],
                 tree_start=batch.tree_start, ancestors=batch.ancestors,
             )  # fmt: skip
-            # x is this call's own tensor, so the sum may be written over it
-            linear(attended.flatten(1), layer.out, layer.out_bias, residual=x, out=x)
+            # x is this call's own tensor, so the sum may be written over it. Of parts, only one may add what was there.
+            linear(attended.flatten(1), layer.out, layer.out_bias, residual=x if whole else None, out=x)
+            self._sum(x)
             gate_up = linear(ops.rms_norm(x, layer.ffn_norm, eps, dtype), layer.gate_up, layer.gate_up_bias)
-            linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x, out=x)
+            linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x if whole else None, out=x)
+            self._sum(x)
         rows = ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
-        return linear(rows, (self.weights.head,), out=x.new_empty((len(rows), config.vocab_size)))
+        logits: Tensor = linear(rows, (self.weights.head,), out=x.new_empty((len(rows), self.weights.head.shape[0])))
+        if self.parallel is None or not len(rows):
+            return logits
+        return self.parallel.gather_columns(logits, [tokens.stop - tokens.start for tokens in self._vocabularies])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the embedding. Of a vocabulary in parts: those that are here, zeros for others, and so from their sum every one."""
+        ops, embedding = self.ops, self.weights.embedding
+        if self.parallel is None:
+            return ops.embed(tokens, embedding)  # type: ignore[no-any-return]
+        own = self._vocabularies[self.parallel.rank]
+        here = (tokens >= own.start) & (tokens < own.stop)
+        x: Tensor = ops.embed(torch.where(here, tokens - own.start, 0), embedding)
+        x = torch.where(here[:, None], x, 0.0)
+        self._sum(x)
+        return x
+
+    def _sum(self, x: Tensor) -> None:
+        """The one place where the parts of a model meet: ``x [T, H]`` of every rank becomes their sum."""
+        if self.parallel is not None:
+            self.parallel.sum_(x, self._in_order)
