@@ -77,11 +77,11 @@ class Transformer:
         it is one call (``kernels.forward``), rows that nobody asks for end in the last layer; the bits are the same. Of a model in parts
         rank 0 has that, the others the columns of their own vocabulary.
         """
-        return self._op_by_op(batch, cache) if self._one_call is None else self._one_call.logits(batch, cache)
+        return self.logits(self.hidden(batch, cache)) if self._one_call is None else self._one_call.logits(batch, cache)
 
     @torch.no_grad()  # the weights may be Parameters that want gradients
-    def _op_by_op(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """``forward_logits`` over any backend's ops; what ``kernels.forward`` does in one call."""
+    def hidden(self, batch: StepBatch, cache: Cache) -> Tensor:
+        """All of ``forward_logits`` but the LM head, over any backend's ops: what the head meets, activations ``[R, hidden_size]``."""
         config, ops = self.config, self.ops
         linear, eps, dtype = ops.linear, config.norm_eps, self._activations
         whole = self.parallel is None or self.parallel.rank == 0
@@ -104,11 +104,16 @@ class Transformer:
             gate_up = linear(ops.rms_norm(x, layer.ffn_norm, eps, dtype), layer.gate_up, layer.gate_up_bias)
             linear(ops.silu_mul(gate_up), layer.down, layer.down_bias, residual=x if whole else None, out=x)
             self._sum(x)
-        rows = ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
-        logits: Tensor = linear(rows, (self.weights.head,), out=x.new_empty((len(rows), self.weights.head.shape[0])))
-        if self.parallel is None or not len(rows):
-            return logits
-        return self.parallel.gather_columns(logits, [tokens.stop - tokens.start for tokens in self._vocabularies])
+        return ops.rms_norm(x, self.weights.final_norm, eps, dtype).index_select(0, batch.logit_rows)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head: float32 ``[R, vocab_size]`` of ``hidden [R, hidden_size]``; of a model in parts as ``forward_logits`` says."""
+        head = self.weights.head
+        out: Tensor = self.ops.linear(hidden, (head,), out=torch.empty((len(hidden), head.shape[0]), device=hidden.device))
+        if self.parallel is None or not len(out):
+            return out
+        return self.parallel.gather_columns(out, [tokens.stop - tokens.start for tokens in self._vocabularies])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the embedding. Of a vocabulary in parts: those that are here, zeros for others, and so from their sum every one."""
