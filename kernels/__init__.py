@@ -12,6 +12,7 @@ from .api import (
     STATUS_OK,
     BeamResult,
     EndTokens,
+    HeadDraw,
     LogitBias,
     Penalties,
     SampleResult,
@@ -25,10 +26,12 @@ from .api import (
     rms_norm,
     rope_append,
     sample,
+    sample_head,
     silu_mul,
     verify_block,
     verify_drafts,
 )
+from .head_draws import merge_draws
 from .huge_pages import HugePages
 from .packed import PackedWeight, pack
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
@@ -37,6 +40,7 @@ from .threads import get_num_threads, set_num_threads, threads_pinned
 __all__ = [
     "BACKENDS",
     "BeamResult",
+    "HeadDraw",
     "HugePages",
     "OP_NAMES",
     "PackedWeight",
@@ -58,12 +62,14 @@ __all__ = [
     "get_num_threads",
     "linear",
     "masses",
+    "merge_draws",
     "move_tokens",
     "pack",
     "paged_attention",
     "rms_norm",
     "rope_append",
     "sample",
+    "sample_head",
     "select",
     "set_num_threads",
     "silu_mul",

@@ -92,6 +92,21 @@ class SampleResult(NamedTuple):
     processed_top_logprobs: Tensor | None = None  # float32 [R, n]
 
 
+class HeadDraw(NamedTuple):
+    """What ``sample_head`` returns: what one *shard*, a range of the vocabulary, says of each row. ``merge_draws`` makes the row of all.
+
+    ``[2, R]``: for the raw logits, and for the processed ones, those divided by the temperature. ``mass`` beside ``largest`` instead of
+    one logarithm of a sum: so logits of any size keep all their digits, and +inf, which share the probability, can be counted.
+    """
+
+    tokens: Tensor  # int64 [R]: the shard's token with the best score; -1 where status is not STATUS_OK
+    status: Tensor  # int32 [R]; STATUS_*, of the shard alone
+    scores: Tensor  # float32 [R]: logit / temperature - log(E), or the logit where greedy; -inf where there is no token
+    logprobs: Tensor  # float32 [2, R]: of the token, were the shard the whole vocabulary; NaN where there is none
+    largest: Tensor  # float32 [2, R]: the largest logit; -inf where there is no token
+    mass: Tensor  # float32 [2, R]: the sum of exp(logit - largest), +inf counted as 1 each; 0 where there is no token
+
+
 class BeamResult(NamedTuple):
     """What ``beam_select`` returns: the best continuations of each group, best first."""
 
@@ -285,6 +300,27 @@ def sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,
         allowed=allowed, logprobs=logprobs, workspace=workspace,
     )  # fmt: skip
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    """The LM head and the draw from its logits in one, for rows without filters, lists and masks (FlashSampling, arXiv 2603.15854).
+
+    ``x [R, K]`` and ``head [V, K]`` as in ``linear``, whose float32 result are the logits. They are those of the tokens ``first_token`` to
+    ``first_token + V - 1`` (at most 2^22) of the vocabulary: noise belongs to these ids. ``temperature``, ``seed``, ``position`` and
+    ``stream`` as in ``sample``, whose steps 3 and 7 the draw is, with its rules for NaN, infinities and ties. So ``merge_draws`` of the
+    draws of one shard or several is what ``sample`` gives for the whole row of logits with its filters off, to the bit in the tokens where
+    the logits have the same bits.
+    """
+    return default_ops("x", x).sample_head(x, head, temperature, seed, position, stream, first_token=first_token)
 
 
 def beam_select(

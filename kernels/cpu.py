@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import checks, checks_sample, checks_verify
-from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult, VerifyResult
+from .api import BeamResult, EndTokens, HeadDraw, LogitBias, Penalties, SampleResult, VerifyResult
 from .packed import PackedWeight
+from .reference_head import draw
 
 _cpu: Any = None
 _reason: str | None = None
@@ -344,6 +345,27 @@ def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndT
     for group, size in ((penalties, 6), (bias, 3), (end_tokens, 3)):
         addresses += ((0,) * size, 0) if group is None else (_addresses(group), len(group.token))
     return (*addresses, 0 if allowed is None else allowed.data_ptr())
+
+
+# ---- sample_head ----
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    """See ``api.sample_head``: the product in C++, the draw in PyTorch. On a CPU only shards of a vocabulary want this op; for a whole one
+    ``sample`` costs next to nothing beside the product."""
+    checks_sample.sample_head(x, head, temperature, seed, position, stream, first_token)
+    _float32("x", x)
+    checks_sample.temperature_values(temperature)
+    return draw(linear(x, (head,)), temperature, seed, position, stream, first_token)
 
 
 # ---- beam_select ----

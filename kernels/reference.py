@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, checks_sample
+from .api import HeadDraw
 from .packed import INTEGER_FORMATS, PackedWeight
 from .reference_beam import beam_select
+from .reference_head import draw
 from .reference_linear import integer_product
 from .reference_sample import sample
 from .reference_verify import masses, verify_block, verify_drafts
 
 __all__ = [
-    "beam_select", "embed", "linear", "masses", "move_tokens", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul",
-    "unavailable", "verify_block", "verify_drafts",
+    "beam_select", "embed", "linear", "masses", "move_tokens", "paged_attention", "rms_norm", "rope_append", "sample", "sample_head",
+    "silu_mul", "unavailable", "verify_block", "verify_drafts",
 ]  # fmt: skip
 
 
@@ -69,6 +71,22 @@ def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     if weight.format in INTEGER_FORMATS:
         return integer_product(x, weight)
     return (x.bfloat16().float() if weight.format == "bfloat16" else x) @ weight.dense().float().T
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    checks_sample.sample_head(x, head, temperature, seed, position, stream, first_token)
+    checks_sample.temperature_values(temperature)
+    logits = linear(x, (head,), out=x.new_empty((len(x), head.shape[0]), dtype=torch.float32))
+    return draw(logits, temperature, seed, position, stream, first_token)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -32,6 +32,7 @@ class Ops:
     move_tokens: Callable[..., Any]
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
+    sample_head: Callable[..., Any]
     beam_select: Callable[..., Any]
     verify_drafts: Callable[..., Any]
     masses: Callable[..., Any]

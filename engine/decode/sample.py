@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,16 @@ class Sampler:
         self._num_top = 0
         self._processed: list[int] = []  # rows that processors rewrite
         self._bare = False  # no row has a list or a mask
+        self._fusible = False
         self._result: SampleResult | None = None
         self._columns: list[Any] = []  # views of it
+
+    def can_fuse(self, rows: list[Request | Lookahead]) -> bool:
+        """Whether ``sample_head`` can draw for all rows: none asks for lists, masks, processors, filters or other tokens'
+        log-probabilities."""
+        if rows != self._rows:
+            self._take(rows)
+        return self._fusible
 
     def draw(self, logits: Tensor, rows: list[Request | Lookahead]) -> list[Drawn]:
         """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
@@ -55,6 +63,14 @@ class Sampler:
         )
         if own is not None:
             _restore_raw(self.ops, own, processed, rows, result, self._num_top)
+        return self.drawn(result, rows, errors)
+
+    def drawn(self, result: SampleResult, rows: list[Request | Lookahead], errors: Mapping[int, str] | None = None) -> list[Drawn]:
+        """What a result, with log-probabilities and on the CPU, says of the rows that ``draw`` or ``can_fuse`` was given last.
+
+        ``errors``: why a row has no token whatever the result says.
+        """
+        errors = errors or {}
         if result is not self._result:
             assert result.logprobs is not None and result.processed_logprobs is not None
             self._columns = [t.numpy() for t in (result.tokens, result.logprobs, result.processed_logprobs, result.status)]
@@ -76,6 +92,8 @@ class Sampler:
         self._num_top = max([row.params.logprobs for row in rows])
         self._processed = [r for r, row in enumerate(rows) if row.controls.processors]
         self._bare = all([row.controls.is_bare(row) for row in rows])
+        plain = self._bare and not self._processed and not self._num_top
+        self._fusible = plain and all([row.controls.unfiltered for row in rows])
         self._rows = rows  # last, should anything be interrupted
 
 
