@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels import HeadDraw, SampleResult, merge_draws
 from ..kernels.forward import one_call
 from ..kernels.registry import Ops
 from ..parallel import Parallel
@@ -115,6 +116,17 @@ class Transformer:
             return out
         return self.parallel.gather_columns(out, [tokens.stop - tokens.start for tokens in self._vocabularies])
 
+    @torch.no_grad()
+    def draw(self, hidden: Tensor, temperature: Tensor, seed: Tensor, position: Tensor, stream: Tensor) -> SampleResult:
+        """The LM head and a token from each row (``kernels.sample_head``), of a model in parts from all of them, on every rank."""
+        first = 0 if self.parallel is None else self._vocabularies[self.parallel.rank].start
+        drawn = self.ops.sample_head(hidden, self.weights.head, temperature, seed, position, stream, first_token=first)
+        if self.parallel is None:
+            return merge_draws([drawn])
+        # One gathering of 32-bit words, [9, R] of each part.
+        words = torch.cat([part.view(-1, len(hidden)) for part in (drawn.tokens.int(), drawn.status, *map(_words, drawn[2:]))])
+        return merge_draws([_draw_of(part) for part in self.parallel.all_gather(words)])
+
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the embedding. Of a vocabulary in parts: those that are here, zeros for others, and so from their sum every one."""
         ops, embedding = self.ops, self.weights.embedding
@@ -131,3 +143,14 @@ class Transformer:
         """The one place where the parts of a model meet: ``x [T, H]`` of every rank becomes their sum."""
         if self.parallel is not None:
             self.parallel.sum_(x, self._in_order)
+
+
+def _words(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+def _draw_of(words: Tensor) -> HeadDraw:
+    """The part's draw from its words, which `Transformer.draw` put together."""
+    tokens, status, scores, logprobs, largest, mass = words.split([1, 1, 1, 2, 2, 2])
+    floats = (x.view(torch.float32) for x in (logprobs, largest, mass))
+    return HeadDraw(tokens[0].long(), status[0], scores[0].view(torch.float32), *floats)
