@@ -62,6 +62,10 @@ class Transformer:
         return self.config.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.weights.final_norm.device
+
+    @property
     def bytes_per_step(self) -> int:
         """Bytes of weights a step reads at least once: everything but the embedding table, of which it reads single rows."""
         weights = self.weights

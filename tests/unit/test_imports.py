@@ -27,6 +27,7 @@ LAYERS = (
         "engine.decode",
         "engine.drafters",
         "engine.explain",
+        "engine.graph_runner",
         "engine.pace",
         "engine.plan",
         "engine.runner",
@@ -43,7 +44,7 @@ LAYERS = (
         "engine.tokenizer",
         "engine.verify",
     ),
-    ("engine.columns", "engine.option_checks", "engine.parallel"),
+    ("engine.columns", "engine.device", "engine.option_checks", "engine.parallel"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
