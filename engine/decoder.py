@@ -17,6 +17,7 @@ from . import parallel_runner
 from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
 from .decode.grammar import Grammars
+from .device import HostDevice
 from .drafters.speculator import Speculator, make_drafters
 from .explain import Explanation, explain
 from .kv_cache import KVCache, block_bytes, size_cache
@@ -139,8 +140,12 @@ class Decoder:
         if draft is not None and not self._follows:
             speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
         runner = Runner(self.model, cache, block_size)
-        if parallel is not None and not self._follows:
-            runner = parallel_runner.LeadingRunner(self.model, cache, block_size, parallel)
+        if parallel is not None:
+            kind = parallel_runner.FollowingRunner if self._follows else parallel_runner.LeadingRunner
+            runner = kind(
+                parallel, self.model, cache, block_size, HostDevice(), max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
+                max_blocks=scheduler.pool.blocks_for(config.max_position),
+            )  # fmt: skip
         self.loop = StepLoop(self.ops, scheduler, cache, runner, speculator)
 
     @classmethod
@@ -327,7 +332,9 @@ class Decoder:
         """
         if self.parallel is None or not self._follows:
             raise RuntimeError(f"follow() is for ranks above 0 of a Decoder(parallel=...); this is {self.parallel or 'not parallel'}")
-        parallel_runner.follow(self.loop.runner, self.parallel)
+        runner = self.loop.runner
+        assert isinstance(runner, parallel_runner.FollowingRunner)
+        runner.follow()
 
     def close(self) -> None:
         """Of a ``parallel`` decoder: let the other ranks go; no further step can be run. Also happens when it is collected, and at the

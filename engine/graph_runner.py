@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .decode.sample import FILTERED, FUSED, PREPARED, drawn_by, drawn_of, law_columns
 from .device import Graph, Mark, StepDevice
-from .kernels import merge_draws
 from .kv_cache import KVCache
 from .models.batch import StepBatch
 from .models.transformer import Transformer
@@ -79,6 +78,12 @@ def _columns(s: Sizes) -> list[_Column]:
         columns.append(_Column(name, dtype, start, words))
         start += words
     return columns
+
+
+def num_words(sizes: Sizes) -> int:
+    """Of the numbers of a step."""
+    last = _columns(sizes)[-1]
+    return last.start + last.words
 
 
 @dataclass
@@ -149,8 +154,7 @@ class GraphRunner(Runner):
         self._split = max(1, _SPLIT // block_size)
         sequences, tokens = ladder(max_batch_size + 1), ladder(max_batch_tokens + 1)
         largest = Sizes(sequences, tokens, max(tokens, sequences), self._width(max_blocks), True, FILTERED)
-        last = _columns(largest)[-1]
-        words = last.start + last.words
+        words = num_words(largest)
         self._buffer = device.memory(words, torch.int32)
         self._staging = [device.host_memory(words, torch.int32) for _ in range(_RING)]
         self._outputs = _outputs(device.memory, largest.rows)
@@ -165,17 +169,13 @@ class GraphRunner(Runner):
         return started.draw is not None and not any(scheduled.draft for scheduled in started.plan.sequences)
 
     def start(self, plan: StepPlan) -> Started:
-        self.cache.copy_blocks(plan.copies)
         sizes, numbers = self._sizes(plan)
         again = self._comes_again(plan)
-        shape = self._shapes.get(sizes) or self._shape(sizes)
-        if again:
-            self._shapes[sizes] = shape
+        shape = self._shape_of(sizes, again)
         staging, results = self._staging[self._turn], self._results[self._turn]
         self._turn = (self._turn + 1) % _RING
         self._write(shape, sizes, plan, numbers, staging)
-        self.device.copy(self._buffer[: shape.num_words], staging[: shape.num_words])
-        logits = self._run(shape, sizes, again)
+        logits = self._launch(sizes, again, plan.copies, staging[: shape.num_words])
         if sizes.draws not in (FUSED, FILTERED):
             self._places = {}
             return Started(plan, None if logits is None else logits[: len(plan.rows)])
@@ -188,6 +188,13 @@ class GraphRunner(Runner):
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits alone, of a step that no token need be fed to."""
         return self.start(plan).logits
+
+    def _launch(self, sizes: Sizes, again: bool, copies: list[tuple[int, int]], words: Tensor) -> Tensor | None:
+        """The device's work of a step, from its numbers on the host to its rows of logits, if it has any."""
+        self.cache.copy_blocks(copies)
+        shape = self._shape_of(sizes, again)
+        self.device.copy(self._buffer[: shape.num_words], words)
+        return self._run(shape, sizes, again)
 
     def _run(self, shape: _Shape, sizes: Sizes, again: bool) -> Tensor | None:
         """The kernels of a step. A graph is captured when sizes come for the second time: by then all its kernels are compiled."""
@@ -220,6 +227,12 @@ class GraphRunner(Runner):
             # Tokens of padding belong to sequences of padding.
             sequences = ladder(sequences if tokens == len(numbers.tokens) else sequences + 1)
         return Sizes(sequences, tokens, rows, self._width(numbers.width), numbers.trees, _draws(plan)), numbers
+
+    def _shape_of(self, sizes: Sizes, again: bool) -> _Shape:
+        shape = self._shapes.get(sizes) or self._shape(sizes)
+        if again:
+            self._shapes[sizes] = shape
+        return shape
 
     def _shape(self, sizes: Sizes) -> _Shape:
         columns = _columns(sizes)
@@ -290,14 +303,13 @@ def _compute(
     if draws == NONE:
         return None
     if draws == FUSED:
-        draw = ops.sample_head(hidden, model.weights.head, views["temperature"], views["seed"], views["position"], views["stream"])
-        result, logits = merge_draws([draw]), None
+        result, logits = model.draw(hidden, *(views[name] for name in ("temperature", "seed", "position", "stream"))), None
     else:
         logits = model.logits(hidden)
         if draws == LOGITS:
             return logits
         law = (views[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position", "stream"))
-        result = ops.sample(logits, *law, logprobs=0)
+        result = model.sampled(logits, *law)
     assert result.logprobs is not None and result.processed_logprobs is not None
     found = (result.tokens, result.logprobs, result.processed_logprobs, result.status)
     for target, source in zip(outputs.tensors, found, strict=True):

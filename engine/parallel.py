@@ -99,6 +99,10 @@ class Parallel:
         self._backend(x).allgather(gathered, x.contiguous()).wait()
         return gathered
 
+    def share(self, x: Tensor) -> None:
+        """``x`` becomes rank 0's ``x``."""
+        self._backend(x).broadcast(x, 0).wait()
+
     def _backend(self, x: Tensor) -> Any:
         """Where ``x`` lies."""
         return self._host if x.is_cpu else self._group._get_backend(x.device)

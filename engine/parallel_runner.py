@@ -1,7 +1,8 @@
-"""Steps of a model in parts: rank 0 tells the others each step before it runs it, and they run the same (see ``parallel``).
+"""Steps of a model in parts: rank 0 tells the others each step before it launches it, and they launch the same (see ``parallel``).
 
-All that touches the cache reaches every rank in one order: tokens moved after the last step's verification, then block copies, then the
-step. Two broadcasts tell it: how many of what, and the numbers themselves, all int32.
+What is told is what a step is to the device: its sizes, and the buffer of its numbers as it lies in the host's memory. All that touches the
+cache reaches every rank in one order: tokens moved after the last step's verification, then block copies, then the step. Tokens that the
+device draws are known to every rank, which feeds them to its next step itself; all else that is decided is rank 0's alone.
 """
 
 from __future__ import annotations
@@ -13,85 +14,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kv_cache import KVCache
-from .models.batch import StepBatch
-from .models.transformer import Transformer
+from .device import Mark
+from .graph_runner import FILTERED, FUSED, LOGITS, NONE, GraphRunner, Sizes, num_words
 from .parallel import Parallel
-from .plan import StepPlan
-from .runner import Runner
 
-_SIZES = 7  # tokens (0: no step comes any more), sequences, columns of the block table, rows, is a tree, copies, moves
+_DRAWS = (FUSED, FILTERED, LOGITS, NONE)
+_HEADER = len(Sizes._fields) + 3  # sizes, whether they come again, numbers of block copies and of moved tokens
 
 
-class LeadingRunner(Runner):
-    """The runner of rank 0."""
+class LeadingRunner(GraphRunner):
+    """The runner of rank 0. An error while ranks work together is the end of all their work (``Parallel.together``)."""
 
-    def __init__(self, model: Transformer, cache: KVCache, block_size: int, parallel: Parallel) -> None:
-        super().__init__(model, cache, block_size)
+    _moves: list[tuple[int, int]]  # since the last step
+
+    def __init__(self, parallel: Parallel, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.parallel = parallel
-        self._moves: list[tuple[int, int]] = []  # since the last step
-
-    def run(self, plan: StepPlan) -> Tensor | None:
-        """As ``Runner.run``, with all ranks. An error in here is the end of all their work together."""
-        batch = self._prepare(plan)
-        with self.parallel.together():
-            self._tell(batch, plan.copies)
-            self.cache.copy_blocks(plan.copies)
-            logits = self.model.forward_logits(batch, self.cache)
-        return logits if plan.rows else None
+        self._moves = []
 
     def move_tokens(self, sources: list[int], targets: list[int]) -> None:
         super().move_tokens(sources, targets)
         self._moves += zip(sources, targets, strict=True)
 
-    def _tell(self, batch: StepBatch, copies: list[tuple[int, int]]) -> None:
-        trees = () if batch.tree_start is None or batch.ancestors is None else (batch.tree_start, batch.ancestors.view(torch.int32))
-        parts = (
-            batch.tokens, batch.positions, batch.slots, batch.query_start, batch.context_len, batch.block_table, batch.logit_rows.int(),
-            *trees, torch.tensor(copies, dtype=torch.int32), torch.tensor(self._moves, dtype=torch.int32),
-        )  # fmt: skip
-        sizes = (len(batch.tokens), *batch.block_table.shape, len(batch.logit_rows), bool(trees), len(copies), len(self._moves))
-        self.parallel.tell(torch.tensor(sizes, dtype=torch.int32), torch.cat([part.flatten() for part in parts]))
-        self._moves = []
+    def _launch(self, sizes: Sizes, again: bool, copies: list[tuple[int, int]], words: Tensor) -> Tensor | None:
+        with self.parallel.together():
+            moves, self._moves = self._moves, []
+            draws = _DRAWS.index(sizes.draws)
+            header = (*sizes._replace(draws=draws), again, len(copies), len(moves))  # type: ignore[arg-type]
+            pairs = torch.tensor([*moves, *copies], dtype=torch.int32).flatten()
+            self.parallel.tell(torch.tensor(header, dtype=torch.int32), torch.cat([words, pairs]))
+            return super()._launch(sizes, again, copies, words)
 
 
-def follow(runner: Runner, parallel: Parallel) -> None:
-    """On the other ranks: run what rank 0 tells, with ``runner``'s model and cache, until it says that no more comes.
+class FollowingRunner(GraphRunner):
+    """The runner of another rank."""
 
-    Raises what goes wrong here, and ``RuntimeError`` if another rank has gone.
-    """
-    sizes = torch.empty(_SIZES, dtype=torch.int32)
-    while True:
-        with parallel.together():
-            parallel.hear(sizes, patient=True)
-            tokens, sequences, width, rows, is_tree, num_copies, num_moves = sizes.tolist()
-            if not tokens:
-                break
-            lengths = [tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows]
-            lengths += [sequences, 2 * tokens] if is_tree else [0, 0]
-            lengths += [2 * num_copies, 2 * num_moves]
-            numbers = torch.empty(sum(lengths), dtype=torch.int32)
-            parallel.hear(numbers)
-            *flat, table, logit_rows, tree_start, ancestors, copies, moves = numbers.split(lengths)
-            batch = StepBatch(
-                *flat,
-                table.view(-1, width),
-                logit_rows.long(),
-                tree_start if is_tree else None,
-                ancestors.clone().view(torch.int64) if is_tree else None,
-            )
-            if num_moves:
-                runner.move_tokens(*moves.view(-1, 2).T.tolist())
-            runner.cache.copy_blocks(copies.view(-1, 2).tolist())
-            runner.model.forward_logits(batch, runner.cache)
-    leave(parallel)
+    def __init__(self, parallel: Parallel, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.parallel = parallel
+
+    def follow(self) -> None:
+        """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here, and ``RuntimeError`` if another has gone."""
+        header = torch.empty(_HEADER, dtype=torch.int32)
+        marks: list[Mark | None] = [None] * len(self._staging)
+        while True:
+            with self.parallel.together():
+                self.parallel.hear(header, patient=True)
+                *shape, draws, again, num_copies, num_moves = header.tolist()
+                sequences, tokens, rows, blocks, trees = shape
+                if not tokens:
+                    break
+                sizes = Sizes(sequences, tokens, rows, blocks, bool(trees), _DRAWS[draws])
+                n = num_words(sizes)
+                numbers = torch.empty(n + 2 * (num_moves + num_copies), dtype=torch.int32)
+                self.parallel.hear(numbers)
+                pairs = numbers[n:].view(-1, 2).tolist()
+                if num_moves:
+                    self.move_tokens(*map(list, zip(*pairs[:num_moves], strict=True)))
+                words = self._staging[self._turn][:n]
+                if (mark := marks[self._turn]) is not None:
+                    mark.wait()  # the device may not have read what was there
+                words.copy_(numbers[:n])
+                self._launch(sizes, bool(again), [(source, target) for source, target in pairs[num_moves:]], words)
+                marks[self._turn] = self.device.mark()
+                self._turn = (self._turn + 1) % len(self._staging)
+        leave(self.parallel)
 
 
 def leave(parallel: Parallel) -> None:
     """End the work of all ranks together; on rank 0 it tells the others, as far as they are there, to come here too."""
     if parallel.rank == 0:
         with suppress(RuntimeError), parallel.together():
-            parallel.tell(torch.zeros(_SIZES, dtype=torch.int32))
+            parallel.tell(torch.zeros(_HEADER, dtype=torch.int32))
             parallel.close()  # before another thread can run a step
     parallel.close()
 

@@ -56,14 +56,6 @@ class Sampler:
             self._take(rows)
         return self._fusible
 
-    def head_law(self, rows: list[Request | Lookahead]) -> tuple[Tensor, ...] | None:
-        """``temperature``, ``seed``, ``position`` and ``stream`` of the rows for ``sample_head``; None where it cannot draw for them."""
-        if not self.can_fuse(rows):
-            return None
-        self._positions[:] = array("i", [row.num_tokens for row in rows])
-        temperature, *_, seed, position, stream = self._law
-        return temperature, seed, position, stream
-
     def draw(self, logits: Tensor, rows: list[Request | Lookahead]) -> list[Drawn]:
         """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
 

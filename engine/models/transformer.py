@@ -131,6 +131,22 @@ class Transformer:
         words = torch.cat([part.view(-1, len(hidden)) for part in (drawn.tokens.int(), drawn.status, *map(_words, drawn[2:]))])
         return merge_draws([_draw_of(part) for part in self.parallel.all_gather(words)])
 
+    @torch.no_grad()
+    def sampled(self, logits: Tensor, *law: Tensor) -> SampleResult:
+        """``kernels.sample`` of a step's ``logits`` with its first seven ``law``s. Of a model in parts rank 0 has them all and draws; it
+        gives the tokens to the others, who have nothing else of the result."""
+        parallel, ops = self.parallel, self.ops
+        if parallel is None:
+            return ops.sample(logits, *law, logprobs=0)  # type: ignore[no-any-return]
+        if parallel.rank == 0:
+            result: SampleResult = ops.sample(logits, *law, logprobs=0)
+            parallel.share(result.tokens)
+            return result
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        parallel.share(tokens)
+        nothing = torch.zeros(len(logits), device=logits.device)
+        return SampleResult(tokens, nothing.int(), nothing, nothing)
+
     def _embed(self, tokens: Tensor) -> Tensor:
         """Rows of the embedding. Of a vocabulary in parts: those that are here, zeros for others, and so from their sum every one."""
         ops, embedding = self.ops, self.weights.embedding
