@@ -122,7 +122,10 @@ class Decoder:
             bytes_per_block = block_bytes(own.num_layers, own.num_kv_heads, own.head_dim, block_size, kv_dtype)
             num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
             if parallel is not None:
-                num_blocks = parallel_runner.agree(parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size)
+                num_blocks = parallel_runner.agree(
+                    parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
+                    max_batch_tokens=max_batch_tokens,
+                )  # fmt: skip
                 weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name
         source = tokenizer if tokenizer is not None else loaded.tokenizer_path
@@ -327,8 +330,8 @@ class Decoder:
     def follow(self) -> None:
         """On ranks above 0 of ``parallel``: compute this rank's part of every step that the decoder of rank 0 runs, until that is closed.
 
-        Raises ``RuntimeError`` where there is nobody to follow, and if another rank has failed or gone; after what goes wrong here the
-        others cannot go on either.
+        Raises ``RuntimeError`` where there is nobody to follow, and ``ConnectionError`` if another rank has failed or gone; after what goes
+        wrong here the others cannot go on either.
         """
         if self.parallel is None or not self._follows:
             raise RuntimeError(f"follow() is for ranks above 0 of a Decoder(parallel=...); this is {self.parallel or 'not parallel'}")

@@ -132,7 +132,7 @@ class GraphRunner(Runner):
 
     Args:
         model, cache, block_size: as of ``Runner``.
-        device: where they are.
+        device: what they are on.
         max_batch_size: most sequences of a step.
         max_batch_tokens: most query tokens of a step, drafted ones included.
         max_blocks: longest block table.
@@ -150,7 +150,7 @@ class GraphRunner(Runner):
         max_blocks: int,
     ) -> None:
         super().__init__(model, cache, block_size)
-        self.device = device
+        self._device = device
         self._split = max(1, _SPLIT // block_size)
         sequences, tokens = ladder(max_batch_size + 1), ladder(max_batch_tokens + 1)
         largest = Sizes(sequences, tokens, max(tokens, sequences), self._width(max_blocks), True, FILTERED)
@@ -181,9 +181,9 @@ class GraphRunner(Runner):
             return Started(plan, None if logits is None else logits[: len(plan.rows)])
         rows = len(plan.rows)
         for target, source in zip(results.tensors, self._outputs.tensors, strict=True):
-            self.device.copy(target[:rows], source[:rows])
+            self._device.copy(target[:rows], source[:rows])
         self._places = {sequence: r for r, sequence in enumerate(plan.drawing)}
-        return Started(plan, logits, _Draw(results, self.device.mark(), plan.drawing))
+        return Started(plan, logits, _Draw(results, self._device.mark(), plan.drawing))
 
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits alone, of a step that no token need be fed to."""
@@ -193,7 +193,7 @@ class GraphRunner(Runner):
         """The device's work of a step, from its numbers on the host to its rows of logits, if it has any."""
         self.cache.copy_blocks(copies)
         shape = self._shape_of(sizes, again)
-        self.device.copy(self._buffer[: shape.num_words], words)
+        self._device.copy(self._buffer[: shape.num_words], words)
         return self._run(shape, sizes, again)
 
     def _run(self, shape: _Shape, sizes: Sizes, again: bool) -> Tensor | None:
@@ -201,7 +201,7 @@ class GraphRunner(Runner):
         compute = functools.partial(_compute, self.model, self.cache, shape.batch, shape.views, self._outputs, sizes.draws)
         shape.uses += 1
         if shape.graph is None and again and shape.uses > 1:
-            shape.graph = self.device.capture(compute)
+            shape.graph = self._device.capture(compute)
         if shape.graph is None:
             return compute()
         shape.graph.replay()
@@ -273,7 +273,7 @@ class GraphRunner(Runner):
                 table = words[start : start + size].reshape(sizes.sequences, sizes.blocks)
                 table[:own_sequences, : numbers.width] = np.frombuffer(numbers.block_table, dtype=np.int32).reshape(own_sequences, -1)
                 table[own_sequences:] = 0
-            else:
+            elif size:
                 words[start : start + size] = np.frombuffer(given[name], dtype=np.int32)
 
 

@@ -11,7 +11,7 @@ import datetime
 import pickle
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,14 +69,14 @@ class Parallel:
         """
         backend = self._backend(x)
         if self.size == 2 or not in_order:
-            backend.allreduce(x).wait()
+            self._wait(backend.allreduce, x)
             return
         # Each rank gets one part of x from every rank, sums it, and gives it to all: the traffic of a reduction in a ring.
         share = -(-x.numel() // self.size)
         given = x.new_zeros((self.size, share))
         given.view(-1)[: x.numel()] = x.flatten()
         taken = torch.empty_like(given)
-        backend.alltoall_base(taken, given, [], []).wait()
+        self._wait(backend.alltoall_base, taken, given, [], [])
         total = taken[0]
         for part in taken[1:]:
             total += part
@@ -90,22 +90,29 @@ class Parallel:
             given = x.new_empty(len(x), widest)
             given[:, : x.shape[1]] = x
         parts = [torch.empty_like(given) for _ in widths] if self.rank == 0 else []
-        self._backend(x).gather(parts, given, 0).wait()
+        self._wait(self._backend(x).gather, parts, given, 0)
         return x if self.rank else torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """The ``x`` of every rank, which have one shape and dtype."""
         gathered = list(x.new_empty((self.size, *x.shape)))
-        self._backend(x).allgather(gathered, x.contiguous()).wait()
+        self._wait(self._backend(x).allgather, gathered, x.contiguous())
         return gathered
 
     def share(self, x: Tensor) -> None:
         """``x`` becomes rank 0's ``x``."""
-        self._backend(x).broadcast(x, 0).wait()
+        self._wait(self._backend(x).broadcast, x, 0)
 
     def _backend(self, x: Tensor) -> Any:
         """Where ``x`` lies."""
         return self._host if x.is_cpu else self._group._get_backend(x.device)
+
+    def _wait(self, call: Callable[..., Any], *args: Any) -> None:
+        """What a backend does for ``args``; on a GPU it is its stream that waits."""
+        try:
+            call(*args).wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"{self!r} waited in vain for another rank, which has failed, gone, or is late") from error
 
     # ---- telling; from memory of the host ----
 
@@ -121,11 +128,11 @@ class Parallel:
     def tell(self, *numbers: Tensor) -> None:
         """From rank 0 to all others: tensors of the host, which they take by ``hear``."""
         for tensor in numbers:
-            self._host.broadcast(tensor, 0).wait()
+            self._wait(self._host.broadcast, tensor, 0)
 
     def hear(self, numbers: Tensor, patient: bool = False) -> None:
         """On the others: fill a tensor of the shape and dtype that rank 0 tells. ``patient``: wait for it however long it takes."""
-        self._host.broadcast(numbers, 0, _ANY_TIME if patient else None).wait()
+        self._wait(self._host.broadcast, numbers, 0, _ANY_TIME if patient else None)
 
     # ---- the end ----
 

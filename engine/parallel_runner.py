@@ -54,7 +54,7 @@ class FollowingRunner(GraphRunner):
         self.parallel = parallel
 
     def follow(self) -> None:
-        """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here, and ``RuntimeError`` if another has gone."""
+        """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here, and ``ConnectionError`` if another has gone."""
         header = torch.empty(_HEADER, dtype=torch.int32)
         marks: list[Mark | None] = [None] * len(self._staging)
         while True:
@@ -76,7 +76,7 @@ class FollowingRunner(GraphRunner):
                     mark.wait()  # the device may not have read what was there
                 words.copy_(numbers[:n])
                 self._launch(sizes, bool(again), [(source, target) for source, target in pairs[num_moves:]], words)
-                marks[self._turn] = self.device.mark()
+                marks[self._turn] = self._device.mark()
                 self._turn = (self._turn + 1) % len(self._staging)
         leave(self.parallel)
 
@@ -84,7 +84,7 @@ class FollowingRunner(GraphRunner):
 def leave(parallel: Parallel) -> None:
     """End the work of all ranks together; on rank 0 it tells the others, as far as they are there, to come here too."""
     if parallel.rank == 0:
-        with suppress(RuntimeError), parallel.together():
+        with suppress(RuntimeError, ConnectionError), parallel.together():
             parallel.tell(torch.zeros(_HEADER, dtype=torch.int32))
             parallel.close()  # before another thread can run a step
     parallel.close()

@@ -20,8 +20,9 @@ PROMPTS = [[5, 9, 14, 200], [7], [3, 8, 1, 9] * 9, [40, 41, 42, 43, 44, 45, 40, 
 VOCABULARY = 211
 # Folders, and a live model that each process makes.
 MODELS: dict[str, dict[str, Any]] = {
-    "llama biases": {"weights": "shared"}, "qwen3": {"weights": "packed"}, "llama int4": {"weights": "int4"}, "live origin": {},
+    "llama biases": {"weights": "shared"}, "qwen3": {"weights": "packed"}, "live origin": {},
 }  # fmt: skip
+INTEGERS = ("int8", "int4")
 
 
 class TwoGuesses:
@@ -80,7 +81,7 @@ def _aborted(decoder: Decoder) -> Any:
 
 def _preempted(decoder: Decoder) -> Any:
     before = decoder.stats().num_preemptions
-    outputs = decoder.generate([prompt * 2 for prompt in PROMPTS] * 3, max_new_tokens=60, temperature=1.0, seed=5, ignore_eos=True)
+    outputs = decoder.generate([prompt * 2 for prompt in PROMPTS] * 2, max_new_tokens=60, temperature=1.0, seed=5, ignore_eos=True)
     assert decoder.stats().num_preemptions > before
     return _told(outputs)
 
@@ -126,6 +127,14 @@ def decoder(folder: Path, name: str, **options: Any) -> Decoder:
     return Decoder(model, max_batch_size=8, max_batch_tokens=24, cache_tokens=512, kernels="cpu", **{**MODELS[name], **options})
 
 
+def quantised(folder: Path, weights: str, **options: Any) -> list[dict[str, float]]:
+    """The largest log-probabilities after each prompt, with integer weights."""
+    whole = decoder(folder, "qwen3", weights=weights, **options)
+    outputs = whole.generate(PROMPTS, max_new_tokens=1, do_sample=False, logprobs=8)
+    whole.close()
+    return [{str(token): logprob for token, logprob in output.top_logprobs[0].items()} for output in outputs]
+
+
 def run_cases(folder: Path, parallel: Callable[[], Any]) -> dict[str, Any]:
     """All results of a process that decodes: by model and case, and of drafts. ``parallel`` makes the decoder's argument of that name."""
     found: dict[str, Any] = {}
@@ -143,6 +152,7 @@ def run_cases(folder: Path, parallel: Callable[[], Any]) -> dict[str, Any]:
         assert stats.num_accepted > 10, stats
         found[f"{name}, drafts"] = [stats.num_drafted, stats.num_accepted]
         drafting.close()
+    found |= {weights: quantised(folder, weights, parallel=parallel()) for weights in INTEGERS}
     return json.loads(json.dumps(found))
 
 
@@ -151,3 +161,5 @@ def follow_cases(folder: Path, parallel: Callable[[], Any]) -> None:
     for name in MODELS:
         for _ in range(2):
             decoder(folder, name, parallel=parallel()).follow()
+    for weights in INTEGERS:
+        decoder(folder, "qwen3", weights=weights, parallel=parallel()).follow()
