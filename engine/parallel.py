@@ -52,8 +52,8 @@ class Parallel:
         name = f"engine.Parallel/{'-'.join(map(str, ranks))}/{_made[ranks]}"
         _made[ranks] += 1
         # A backend of its own: when a rank fails it can let the others go, who then fail at once, and disturbs nobody else's group.
-        store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
-        self._host = dist.ProcessGroupGloo(store, self.rank, self.size, datetime.timedelta(seconds=timeout))
+        store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+        self._host: Any = dist.ProcessGroupGloo(store, self.rank, self.size, datetime.timedelta(seconds=timeout))
         self._group = group
 
     def __repr__(self) -> str:

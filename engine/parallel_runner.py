@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decode.sample import FILTERED, FUSED
 from .device import Mark
-from .graph_runner import FILTERED, FUSED, LOGITS, NONE, GraphRunner, Sizes, num_words
+from .graph_runner import LOGITS, NONE, GraphRunner, Sizes, num_words
 from .parallel import Parallel
 
 _DRAWS = (FUSED, FILTERED, LOGITS, NONE)
@@ -54,7 +55,7 @@ class FollowingRunner(GraphRunner):
         self.parallel = parallel
 
     def follow(self) -> None:
-        """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here, and ``ConnectionError`` if another has gone."""
+        """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here; ``ConnectionError`` if another has gone."""
         header = torch.empty(_HEADER, dtype=torch.int32)
         marks: list[Mark | None] = [None] * len(self._staging)
         while True:

@@ -137,7 +137,7 @@ class Transformer:
         gives the tokens to the others, who have nothing else of the result."""
         parallel, ops = self.parallel, self.ops
         if parallel is None:
-            return ops.sample(logits, *law, logprobs=0)  # type: ignore[no-any-return]
+            return ops.sample(logits, *law, logprobs=0)
         if parallel.rank == 0:
             result: SampleResult = ops.sample(logits, *law, logprobs=0)
             parallel.share(result.tokens)
@@ -151,7 +151,7 @@ class Transformer:
         """Rows of the embedding. Of a vocabulary in parts: those that are here, zeros for others, and so from their sum every one."""
         ops, embedding = self.ops, self.weights.embedding
         if self.parallel is None:
-            return ops.embed(tokens, embedding)  # type: ignore[no-any-return]
+            return ops.embed(tokens, embedding)
         own = self._vocabularies[self.parallel.rank]
         here = (tokens >= own.start) & (tokens < own.stop)
         x: Tensor = ops.embed(torch.where(here, tokens - own.start, 0), embedding)

@@ -141,9 +141,9 @@ class Assembler:
             vocabulary = None if self._shard is None else self._shard.vocabulary(self._config.vocab_size)
             embedding = self._weight(self._names.embedding, vocabulary)
             tied = self._head_is_embedding()
-            head = self._pack(embedding if tied else self._weight(self._names.head, vocabulary), self._names.head)
+            packed = self._pack(embedding if tied else self._weight(self._names.head, vocabulary), self._names.head)
             layers = tuple(self._layer(i) for i in range(self._config.num_layers))
-            return ModelWeights(head if tied else embedding, layers, self._weight(self._names.final_norm), head)
+            return ModelWeights(packed if tied else embedding, layers, self._weight(self._names.final_norm), packed)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name in shapes:

@@ -1,4 +1,4 @@
-"""One process of several: ``ranks.py RANK SIZE FOLDER``. Rank 0 prints what it found, as JSON; the others what went wrong, likewise."""
+"""One process of several: ``ranks.py RANK SIZE FOLDER [gpu]``. Each prints what it found, as JSON, in its last line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sums(parallel: Parallel) -> dict[str, Any]:
     expected = terms[0]
     for term in terms[1:]:
         expected = expected + term
-    found: dict[str, Any] = {"sums": [], "rows": []}
+    found: dict[str, Any] = {"sums": []}
     for rows in (slice(0, 7), slice(2, 3), slice(1, 6)):
         x = terms[rank, rows].clone()
         parallel.sum_(x, in_order=True)
@@ -43,6 +43,42 @@ def sums(parallel: Parallel) -> dict[str, Any]:
     found["columns"] = torch.equal(side, columns if rank == 0 else columns.split(widths, dim=1)[rank])
     found["all"] = [t.tolist() for t in parallel.all_gather(torch.tensor([rank, -rank]))]
     return found
+
+
+def sums_on_gpu(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    """Sums, columns and tokens over NCCL, then the same in a CUDA graph that is replayed with other numbers."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=size)
+    parallel = Parallel()
+    x = torch.zeros(5, 33, device="cuda")
+    tokens = torch.zeros(5, dtype=torch.int64, device="cuda")
+
+    def together() -> list[Tensor]:
+        total, whole = x.clone(), x.clone()
+        parallel.sum_(total, in_order=True)
+        parallel.sum_(whole, in_order=False)
+        given = tokens.clone()
+        parallel.share(given)
+        return [total, whole, parallel.gather_columns(x[:, : 3 + rank].contiguous(), [3, 4]), *parallel.all_gather(x), given]
+
+    terms = [torch.randn(2, 5, 33, generator=torch.Generator().manual_seed(seed)).cuda() for seed in range(3)]
+    graph, right = None, []
+    for i, (first, second) in enumerate(terms):
+        x.copy_((first, second)[rank])
+        tokens.fill_(10 * i + rank)
+        if i == 1:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = together()
+        if graph is None:
+            results = together()
+        else:
+            graph.replay()
+        columns = torch.cat([first[:, :3], second[:, :4]], dim=1) if rank == 0 else x[:, :4]
+        expected = [first + second, first + second, columns, first, second, torch.full_like(tokens, 10 * i)]
+        right += [torch.equal(a, b) for a, b in zip(results, expected, strict=True)]
+    parallel.close()
+    return {"right": right}
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -126,6 +162,7 @@ def main(rank: int, size: int, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    run = sums_on_gpu if sys.argv[4:] == ["gpu"] else main
+    result = run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
     print(json.dumps(result), flush=True)
     dist.destroy_process_group()

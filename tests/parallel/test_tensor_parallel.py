@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models.model_helpers import hf_model
 from models.real_configs import LLAMA_31_8B, QWEN3_06B, small
 from parallel import cases
@@ -35,23 +35,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> Iterator[list[dict[str, Any]]]:
-    """What each process has found."""
+def run_ranks(size: int, folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What each process of ``ranks.py`` has found."""
     environment = {**os.environ, "ENGINE_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
     processes = [
-        subprocess.Popen([*program, str(rank), str(SIZE), str(folder)], env=environment, stdout=-1, stderr=-1, text=True)
-        for rank in range(SIZE)
+        subprocess.Popen([*program, str(rank), str(size), str(folder), *arguments], env=environment, stdout=-1, stderr=-1, text=True)
+        for rank in range(size)
     ]
     try:
-        ends = [process.communicate(timeout=120) for process in processes]
+        ends = [process.communicate(timeout=180) for process in processes]
     finally:
         for process in processes:
             process.kill()
     for process, (_, errors) in zip(processes, ends, strict=True):
         assert process.returncode == 0, errors[-3000:]
-    yield [json.loads(output.splitlines()[-1]) for output, _ in ends]
+    return [json.loads(output.splitlines()[-1]) for output, _ in ends]
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    return run_ranks(SIZE, folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,6 @@ def test_quantised_parts_are_near_the_whole(ranks: list[dict[str, Any]], whole: 
     for found, expected in zip(ranks[0]["cases"][weights], whole[weights], strict=True):
         both = found.keys() & expected.keys()
         assert len(both) > 4
-        print(max(abs(found[t] - expected[t]) for t in both))
         assert all(found[token] == pytest.approx(expected[token], abs=0.3) for token in both)
 
 
@@ -86,6 +89,13 @@ def test_sums_are_in_order_whatever_is_summed_beside(ranks: list[dict[str, Any]]
         assert found["sums"]["columns"]
         assert found["sums"]["all"] == [[0, 0], [1, -1], [2, -2]]
     assert ranks[2]["not of the group"].startswith("ValueError: group does not hold this process")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each process, and there are not two")
+def test_sums_over_nccl_also_in_a_graph(tmp_path: Path) -> None:
+    for found in run_ranks(2, tmp_path, "gpu"):
+        assert found["right"] == [True] * 18
 
 
 def test_what_cannot_be_is_refused_in_every_process(ranks: list[dict[str, Any]]) -> None:
