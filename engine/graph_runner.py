@@ -191,7 +191,7 @@ class GraphRunner(Runner):
 
     def _launch(self, sizes: Sizes, again: bool, copies: list[tuple[int, int]], words: Tensor) -> Tensor | None:
         """The device's work of a step, from its numbers on the host to its rows of logits, if it has any."""
-        self.cache.copy_blocks(copies)
+        self.cache.copy_blocks(self.model.ops, copies)
         shape = self._shape_of(sizes, again)
         self._device.copy(self._buffer[: shape.num_words], words)
         return self._run(shape, sizes, again)

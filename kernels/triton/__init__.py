@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select", "verify_drafts")
+OPS = (
+    "embed", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "beam_select", "verify_drafts",
+)  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
+    "embed": "elementwise",
+    "rms_norm": "elementwise",
+    "silu_mul": "elementwise",
+    "feed_tokens": "elementwise",
+    "rope_append": "rope",
+    "move_tokens": "cache",
+    "copy_blocks": "cache",
     "sample": "sampler",
     "Workspace": "sampler",
     "beam_select": "beam",

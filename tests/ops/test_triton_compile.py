@@ -8,7 +8,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-VARIANTS = ("plain bf16", "everything fp32")  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
+VARIANTS = (
+    "plain bf16",
+    "everything fp32",
+    "forward fp32",
+    "forward fp8 cache",
+)  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 
 @pytest.fixture(scope="module")
