@@ -213,7 +213,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
     loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
-    model = Transformer(decoder.model.config, decoder.model.weights, ops)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops, decoder.model.parallel)
     execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:

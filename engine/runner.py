@@ -67,6 +67,10 @@ class Runner:
         logits = self.model.forward_logits(upload(self._prepare(plan), self.device), self.cache)
         return logits if plan.rows else None
 
+    def move_tokens(self, sources: list[int], targets: list[int]) -> None:
+        """See ``KVCache.move_tokens``."""
+        self.cache.move_tokens(self.model.ops, sources, targets)
+
     def _prepare(self, plan: StepPlan) -> StepBatch:
         """The step's tensors."""
         numbers = Numbers(plan, self.block_size, _WIDTH)

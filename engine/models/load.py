@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.registry import Ops, select
+from ..parallel import Parallel
 from . import origin
 from .checkpoint import PICKLED, open_tensors, read_json, weight_files
 from .config import ModelConfig
 from .families import FAMILIES, find_family
 from .readers import read_token_id, read_token_ids, weight_dtype
+from .shard import Shard
 from .transformer import Transformer
 from .weights import WEIGHTS, Assembler, Names, clean_name
 
@@ -29,7 +31,7 @@ class LoadedModel:
     """A model ready to decode, and where its tokenizer lies."""
 
     model: Transformer
-    config: ModelConfig
+    config: ModelConfig  # of the whole model, also where ``model`` is a rank's part of it
     tokenizer_path: Path | None  # a folder with a tokenizer.json
     name: str
 
@@ -43,6 +45,7 @@ def load(
     origin_config: Any = None,
     weights: str | None = None,
     device: torch.device | str | None = None,
+    parallel: Parallel | None = None,
 ) -> LoadedModel:
     """Make a Transformer of a model.
 
@@ -73,6 +76,7 @@ def load(
             them.
         device: "cpu" or "cuda" (with a number or without), where a model given by path or id goes, tensor by tensor; default: the CPU, and
             a live model's own device, which is the only one that it may name.
+        parallel: the ranks that share the model; each loads its part (``shard.Shard``) of a source that all have.
 
     Raises:
         ValueError: a model, config, dtype or checkpoint that is not supported or contradicts itself, by name.
@@ -110,10 +114,16 @@ def load(
     ops = ops or select(place.type)
     if weights is None:
         weights = "shared" if isinstance(source, nn.Module) or ops.chosen["linear"] != "cpu" else "packed"
-    built = Assembler(config, names, tensors, name, target, place, weights).build()
+    shard = None if parallel is None else Shard(parallel.rank, parallel.size)
+    if shard is not None:
+        shard.config(config)  # may refuse, before anything is read
+        if isinstance(source, nn.Module) and weights == "shared":
+            logger.warning("%s: some matrices of this rank's part are copies, so later changes to the model are not seen in all", name)
+    built = Assembler(config, names, tensors, name, target, place, weights, shard).build()
     stored = tensors[f"{names.embedding}.weight"].dtype
     config = replace(config, tied_head=built.head is built.embedding, dtype=target or stored)
-    return LoadedModel(Transformer(config, built, ops), config, tokenizer_path, name)
+    own = config if shard is None else shard.config(config)
+    return LoadedModel(Transformer(own, built, ops, parallel), config, tokenizer_path, name)
 
 
 def _device(device: torch.device | str) -> torch.device:
