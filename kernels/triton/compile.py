@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
-Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. A module
+Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. (Products of
+float32 are made of fused multiply-adds, explicitly and so always alike; no test compiles them.) A module
 ``cases_*`` for each family of ops names the ways in which calls specialise its kernels.
 """
 

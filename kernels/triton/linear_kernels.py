@@ -22,6 +22,8 @@ import triton.language as tl
 from .sample_row import kernel
 
 GROUP = tl.constexpr(32)  # of int4, along K; a block of K holds two: low nibbles, high nibbles
+MAGIC, MAGIC_BITS = tl.constexpr(2.0**23), tl.constexpr(0x4B000000)
+FLOAT_BITS = tl.constexpr(0x87F00000 - (1 << 32))  # the sign, and the seven bits after the highest of the exponent
 
 
 @triton.jit
@@ -37,10 +39,9 @@ def _weights(w, scale, column, columns, stride, depth, k, FORMAT: tl.constexpr, 
     else:
         tile = tl.load(first + offset, mask=(k + tl.arange(0, BLOCK_K))[None, :] < depth, other=0.0)
     if FORMAT == "fp8":
-        # e4m3 shifted to where float32 has these bits: the exponent's bias is 127 instead of 7, made up for by 2^120. Exact.
-        bits = tile.to(tl.int32)
-        wide = ((bits & 128) << 24) | ((bits & 127) << 20)
-        tile = wide.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        # Sign, exponent and mantissa where float32 has them; the exponent's bias there is 127 instead of 7: times 2^120, exact.
+        bits = (tile.to(tl.int32) << 20) & FLOAT_BITS
+        tile = bits.to(tl.float32, bitcast=True) * 2.0**120
     return tile.to(DTYPE)
 
 
@@ -65,8 +66,9 @@ def _nibbles(w, scale, column, columns, k, DTYPE: tl.constexpr, BLOCK_N: tl.cons
     scales = tl.load(scale + block + n)  # two float16 as one number: what is 4 bytes wide can be read ahead
     low_scale = scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     high_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    low = ((packed & 15) - 8).to(tl.float32) * low_scale[:, None]
-    high = ((packed >> 4) - 8).to(tl.float32) * high_scale[:, None]
+    # q + 8 as the last bits of 2^23 is the float32 2^23 + 8 + q: cheaper than a conversion
+    low = (((packed & 15) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)) * low_scale[:, None]
+    high = (((packed >> 4) | MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)) * high_scale[:, None]
     return low.to(DTYPE), high.to(DTYPE)
 
 

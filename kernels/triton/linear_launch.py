@@ -84,6 +84,11 @@ def launches(
         start += sum(w.shape[0] for w in group)
 
 
+def is_split(programs: int) -> bool:
+    """Whether segments get programs of their own where there would else be so many."""
+    return programs < PROGRAMS
+
+
 def product_arguments(x: Tensor, weight: Weight, cut: Tiling) -> dict[str, Any]:
     """What ``product`` takes beside the tile, the matrix and its scales, and how it is launched."""
     return {
@@ -131,7 +136,7 @@ def _launches(
     rows, counts = x.shape[0], [w.shape[0] for w in weights]
     tiles = sum(-(-n // cut.block_n) for n in counts)
     row_tiles = -(-rows // BLOCK_M)
-    split = cut.segments > 1 and row_tiles * tiles < PROGRAMS
+    split = cut.segments > 1 and is_split(row_tiles * tiles)
     ends = {
         **_numbered("scale", [scales(w) for w in weights], None),
         **_numbered("bias", biases, None),
@@ -160,7 +165,7 @@ def _numbered(name: str, values: Sequence[Any], absent: Any) -> dict[str, Any]:
 
 def elements(weight: Weight) -> Tensor:
     """The matrix as the kernels read it."""
-    return weight.data.view(torch.uint8) if format_of(weight) == "fp8" else weight.data
+    return weight.data.view(torch.int8) if format_of(weight) == "fp8" else weight.data
 
 
 def scales(weight: Weight) -> Tensor | None:

@@ -8,7 +8,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-VARIANTS = ("plain bf16", "everything fp32", "head: bf16")  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
+VARIANTS = (
+    "plain bf16",
+    "everything fp32",
+    "linear: bf16, split",
+    "linear: int4, walked",
+    "head: bf16",
+)  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 
 @pytest.fixture(scope="module")

@@ -27,20 +27,19 @@ def exact_conversions() -> None:
     interpreter._convert_float = convert
 
 
-def sixteen_bit_products() -> None:
-    """Products of bfloat16 and float16 in float32, as those of a GPU are (the interpreter multiplies the bits of bfloat16), and integers to
-    bfloat16 by their value."""
+def exact_products() -> None:
+    """Products are of the values (the interpreter multiplies the bits of bfloat16), summed in float64 and rounded once, so that where an
+    element lies in a tile makes no difference, as on a GPU (to NumPy's BLAS it does). Integers become bfloat16 by their value."""
     builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
+    cast = builder.cast_impl
 
-    def widened(t: Any) -> Any:
+    def wide(t: Any) -> Any:
         if t.dtype.scalar == tl.bfloat16:
-            bits = torch.from_numpy(np.ascontiguousarray(t.data).view(np.int16))
-            return interpreter.TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
-        return interpreter.TensorHandle(t.data.astype(np.float32), tl.float32) if t.dtype.scalar == tl.float16 else t
+            return torch.from_numpy(np.ascontiguousarray(t.data).view(np.int16)).view(torch.bfloat16).double().numpy()
+        return t.data.astype(np.float64)
 
-    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return dot(self, widened(a), widened(b), *others)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+        return interpreter.TensorHandle(np.matmul(wide(a), wide(b)).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
