@@ -43,7 +43,7 @@ class Decoder:
             in the kernels' order, faster with several rows a step; "int8" or "int4": that copy quantised, per output channel or in groups
             of 32 inputs, with activations in int8. Default: "shared" for a live model, "packed" for a path.
         kv_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a quarter of the memory and reading of float32, for a small
-            error of the logits); default: bfloat16 for bfloat16 weights, else float32.
+            error of the logits), or on a GPU ``torch.float8_e4m3fn`` (likewise); default: bfloat16 for bfloat16 weights, else float32.
         kernels: a backend's name, or "auto" for the fastest present.
         max_batch_size: most sequences decoded in one step.
         max_batch_tokens: most query tokens in one step, prompts included.
@@ -90,7 +90,7 @@ class Decoder:
             if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
-            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
+            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16, torch.int8 or torch.float8_e4m3fn")
         if prefix_cache is not None and not isinstance(prefix_cache, bool):
             raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
         self.ops = kernels_module.select("cpu", kernels)

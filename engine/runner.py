@@ -63,7 +63,7 @@ class Runner:
 
     def run(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; logits float32 ``[R, V]`` of ``plan.rows``, or None if no row needs any."""
-        self.cache.copy_blocks(plan.copies)
+        self.cache.copy_blocks(self.model.ops, plan.copies)
         logits = self.model.forward_logits(upload(self._prepare(plan), self.device), self.cache)
         return logits if plan.rows else None
 

@@ -10,11 +10,12 @@ Words used throughout:
 * ``key_cache [num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``: within a sub-block of 16 tokens the tokens are contiguous,
   so that scores of 16 keys come from vector loads without horizontal sums.
 * ``value_cache [num_blocks, num_kv_heads, block_size, head_dim]``.
-* An int8 cache holds a token's keys (values) of a KV head as integers of at most 127 in size times one float32 scale. Both caches are
-  ``[num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16]``: after the ``16 * head_dim`` bytes of a sub-block, ordered as above,
-  lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest magnitude / 127; the integers are the
-  elements / scale, rounded to the nearest (ties to even). Where an element is not finite the scale is NaN; where it is NaN or 0 (also by
-  underflow) the integers are 0.
+* An int8 or float8_e4m3fn cache holds a token's keys (values) of a KV head as numbers of at most ``limit`` in size (127, and 448) times
+  one float32 scale. Both caches are ``[num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16]``: after the ``16 * head_dim`` bytes
+  of a sub-block, ordered as above, lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest
+  magnitude / limit; the numbers are the elements / scale, within the limit, rounded to the nearest (ties to even). Where an element is not
+  finite the scale is NaN; where it is NaN or 0 (also by underflow) the numbers are 0. float8_e4m3fn is for GPUs (compute capability 8.9
+  and later) and for the oracle.
 * *Activations* are float32; on a GPU (and for the oracle) they may also be bf16 or fp16. A result has its input's dtype unless its op says
   otherwise. What flows past the layers, the residual, is float32 everywhere.
 * Row-invariance: every op computes a row of its result with the same operations in the same order whatever other rows are in the call
@@ -131,7 +132,8 @@ class VerifyResult(NamedTuple):
 def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed or quantised, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
 
-    Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``.
+    Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``, on a GPU, where values are
+    not read before the launch, it gives a row of NaN.
     """
     return default_ops("tokens", tokens).embed(tokens, table)
 
@@ -197,7 +199,8 @@ def rope_append(
     int32 ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated
     (RoPE, Su et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i.
     ``q_norm`` and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32, bf16
-    (round to nearest even) or int8. A slot of -1 writes nothing.
+    (round to nearest even), int8 or float8_e4m3fn. A slot of -1 writes nothing. Positions and slots out of range raise ``ValueError``, on
+    a GPU, where values are not read before the launch, they neither turn nor write.
     """
     return default_ops("qkv", qkv).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
@@ -245,10 +248,29 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
     """Copy the keys and values of single tokens between slots, in all layers; all are read before any is written.
 
     ``key_cache [num_layers, num_blocks, num_kv_heads, block_size // 16, head_dim, 16]`` and ``value_cache [num_layers, num_blocks,
-    num_kv_heads, block_size, head_dim]``, contiguous; of int8 likewise the caches of all layers, whose scales move too. ``source``,
-    ``target``: slots, int32 ``[N]``; the targets distinct.
+    num_kv_heads, block_size, head_dim]``, contiguous; with scales likewise the caches of all layers, whose scales move too. ``source``,
+    ``target``: slots, int32 ``[N]``; the targets distinct. Slots out of range raise ``ValueError``; on a GPU, where values are not read
+    before the launch, their entry moves nothing.
     """
     default_ops("key_cache", key_cache).move_tokens(key_cache, value_cache, source, target)
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy whole blocks, in all layers; in no order, so that no block may be read that the same call writes.
+
+    Caches as of ``move_tokens``. ``source``, ``target``: blocks, int32 ``[N]``; the targets distinct and none of them among the sources,
+    else ``ValueError`` (on a GPU: the caller's promise). Blocks out of range raise ``ValueError``; on a GPU their entry copies nothing.
+    """
+    default_ops("key_cache", key_cache).copy_blocks(key_cache, value_cache, source, target)
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    """In place ``tokens[i] = drawn[source[i]]`` where ``source[i] >= 0``: tokens go from the step that drew them to the next one.
+
+    ``tokens``, ``source``: int32 ``[T]``; ``drawn``: int64 ``[R]``, as ``sample`` returns them. A source of -1 leaves its token; others
+    outside ``[0, R)`` raise ``ValueError``; on a GPU, where values are not read before the launch, they leave it too.
+    """
+    default_ops("tokens", tokens).feed_tokens(tokens, source, drawn)
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -308,7 +330,7 @@ def sample(
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

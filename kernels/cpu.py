@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, checks_sample, checks_verify
+from . import checks, checks_sample, checks_verify, reference
 from .api import BeamResult, EndTokens, HeadDraw, LogitBias, Penalties, SampleResult, VerifyResult
 from .packed import PackedWeight
 from .quantized import QuantizedWeight
@@ -64,6 +64,13 @@ def _float32(name: str, t: Tensor) -> None:
     _on_cpu(name, t)
     if t.dtype is not _F32:
         raise TypeError(f"{name} must be float32, got {t.dtype}")
+
+
+def _cache_dtype(key_cache: Tensor) -> int:
+    try:
+        return _CACHE_DTYPE[key_cache.dtype]
+    except KeyError:
+        raise TypeError(f"key_cache is {key_cache.dtype}, which is for GPUs; the C++ kernels have float32, bfloat16 and int8") from None
 
 
 # ---- linear ----
@@ -204,7 +211,7 @@ def rope_append(
         q_weight, k_weight, norm_dtype = q_norm.data_ptr(), k_norm.data_ptr(), _DTYPE[q_norm.dtype]
     _cpu.rope_append(
         qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), key_cache.data_ptr(),
-        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _CACHE_DTYPE[key_cache.dtype], norm_dtype, tokens, max_position,
+        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _cache_dtype(key_cache), norm_dtype, tokens, max_position,
         num_blocks, num_heads, num_kv_heads, head_dim, half, block_size, norm_eps, interleaved,
     )  # fmt: skip
     return out
@@ -243,7 +250,7 @@ def paged_attention(
     sequences, max_blocks = block_table.shape
     out = torch.empty_like(q)
     _cpu.paged_attention(
-        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _CACHE_DTYPE[key_cache.dtype], block_table.data_ptr(),
+        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _cache_dtype(key_cache), block_table.data_ptr(),
         query_start.data_ptr(), context_len.data_ptr(), 0 if tree_start is None else tree_start.data_ptr(),
         0 if ancestors is None else ancestors.data_ptr(), out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads,
         num_kv_heads, head_dim, block_size, scale, window,
@@ -251,16 +258,38 @@ def paged_attention(
     return out
 
 
-# ---- move_tokens ----
+# ---- move_tokens, copy_blocks, feed_tokens ----
 
 
 def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
-    num_blocks, num_kv_heads, block_size, head_dim = checks.move_tokens(key_cache, value_cache, source, target)
+    num_blocks, num_kv_heads, block_size, head_dim = checks.copies(key_cache, value_cache, source, target)
     _on_cpu("key_cache", key_cache)
     _cpu.move_tokens(
         key_cache.data_ptr(), value_cache.data_ptr(), key_cache.element_size(), source.data_ptr(), target.data_ptr(), len(source),
         len(key_cache), num_blocks, num_kv_heads, block_size, head_dim,
     )  # fmt: skip
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    sizes = checks.copies(key_cache, value_cache, source, target)
+    _on_cpu("key_cache", key_cache)
+    sources, targets = source.tolist(), target.tolist()
+    for name, blocks in (("source", sources), ("target", targets)):
+        for i, block in enumerate(blocks):
+            if not 0 <= block < sizes.num_blocks:
+                raise ValueError(f"{name} must hold values in [0, {sizes.num_blocks}), got {block} at {i}")
+    checks.chains(sources, targets)
+    # By NumPy: torch wakes OpenMP's threads for this, and they then spin on the cores that the kernels want.
+    for cache in (key_cache, value_cache):
+        bits = cache.view(torch.int8).numpy()
+        for block, to in zip(sources, targets, strict=True):
+            bits[:, to] = bits[:, block]
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    checks.feed_tokens(tokens, source, drawn)
+    _on_cpu("tokens", tokens)
+    reference.feed_tokens(tokens, source, drawn)
 
 
 # ---- sample ----
@@ -360,7 +389,7 @@ def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndT
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

@@ -30,6 +30,8 @@ class Ops:
     rope_append: Callable[..., Any]
     paged_attention: Callable[..., Any]
     move_tokens: Callable[..., Any]
+    copy_blocks: Callable[..., Any]
+    feed_tokens: Callable[..., Any]
     silu_mul: Callable[..., Any]
     sample: Callable[..., Any]
     sample_head: Callable[..., Any]
