@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .decode.sample import FILTERED, FUSED, PREPARED, drawn_by, drawn_of, law_columns
 from .device import Graph, Mark, StepDevice
-from .kernels import merge_draws
 from .kv_cache import KVCache
 from .models.batch import StepBatch
 from .models.transformer import Transformer
@@ -127,7 +126,7 @@ class GraphRunner(Runner):
 
     Args:
         model, cache, block_size: as of ``Runner``.
-        device: where they are.
+        device: what they are on.
         max_batch_size: most sequences of a step.
         max_batch_tokens: most query tokens of a step, drafted ones included.
         max_blocks: longest block table.
@@ -145,7 +144,7 @@ class GraphRunner(Runner):
         max_blocks: int,
     ) -> None:
         super().__init__(model, cache, block_size)
-        self.device = device
+        self._device = device
         self._split = max(1, _SPLIT // block_size)
         sequences, tokens = ladder(max_batch_size + 1), ladder(max_batch_tokens + 1)
         largest = Sizes(sequences, tokens, max(tokens, sequences), self._width(max_blocks), True, FILTERED)
@@ -155,6 +154,7 @@ class GraphRunner(Runner):
         self._staging = [device.host_memory(words, torch.int32) for _ in range(_RING)]
         self._outputs = _outputs(device.memory, largest.rows)
         self._results = [_outputs(device.host_memory, largest.rows) for _ in range(_RING)]
+        self._read: list[Mark | None] = [None] * _RING  # when the device has read what was staged there
         self._turn = 0
         self._shapes: dict[Sizes, _Shape] = {}
         self._places: dict[TokenSequence, int] = {}  # the rows of the last step whose tokens the device has
@@ -171,19 +171,23 @@ class GraphRunner(Runner):
         shape = self._shapes.get(sizes) or self._shape(sizes)
         if again:
             self._shapes[sizes] = shape
-        staging, results = self._staging[self._turn], self._results[self._turn]
-        self._turn = (self._turn + 1) % _RING
+        turn = self._turn
+        self._turn = (turn + 1) % _RING
+        staging, results, read = self._staging[turn], self._results[turn], self._read[turn]
+        if read is not None:
+            read.wait()
         self._write(shape, sizes, plan, numbers, staging)
-        self.device.copy(self._buffer[: shape.num_words], staging[: shape.num_words])
+        self._device.copy(self._buffer[: shape.num_words], staging[: shape.num_words])
+        self._read[turn] = self._device.mark()
         logits = self._run(shape, sizes, again)
         if sizes.draws not in (FUSED, FILTERED):
             self._places = {}
             return Started(plan, None if logits is None else logits[: len(plan.rows)])
         rows = len(plan.rows)
         for target, source in zip(results.tensors, self._outputs.tensors, strict=True):
-            self.device.copy(target[:rows], source[:rows])
+            self._device.copy(target[:rows], source[:rows])
         self._places = {sequence: r for r, sequence in enumerate(plan.drawing)}
-        return Started(plan, logits, _Draw(results, self.device.mark(), plan.drawing))
+        return Started(plan, logits, _Draw(results, self._device.mark(), plan.drawing))
 
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits alone, of a step that no token need be fed to."""
@@ -194,7 +198,7 @@ class GraphRunner(Runner):
         compute = functools.partial(_compute, self.model, self.cache, shape.batch, shape.views, self._outputs, sizes.draws)
         shape.uses += 1
         if shape.graph is None and again and shape.uses > 1:
-            shape.graph = self.device.capture(compute)
+            shape.graph = self._device.capture(compute)
         if shape.graph is None:
             return compute()
         shape.graph.replay()
@@ -260,7 +264,7 @@ class GraphRunner(Runner):
                 table = words[start : start + size].reshape(sizes.sequences, sizes.blocks)
                 table[:own_sequences, : numbers.width] = np.frombuffer(numbers.block_table, dtype=np.int32).reshape(own_sequences, -1)
                 table[own_sequences:] = 0
-            else:
+            elif size:
                 words[start : start + size] = np.frombuffer(given[name], dtype=np.int32)
 
 
@@ -284,20 +288,18 @@ def _compute(
     model: Transformer, cache: KVCache, batch: StepBatch, views: dict[str, Tensor], outputs: _Outputs, draws: str
 ) -> Tensor | None:
     """The kernels of a step: what is captured. It must depend on the sizes of its tensors alone."""
-    ops = model.ops
-    ops.feed_tokens(batch.tokens, views["source"], outputs.tokens)
+    model.ops.feed_tokens(batch.tokens, views["source"], outputs.tokens)
     hidden = model.hidden(batch, cache)
     if draws == NONE:
         return None
     if draws == FUSED:
-        draw = ops.sample_head(hidden, model.weights.head, views["temperature"], views["seed"], views["position"], views["stream"])
-        result, logits = merge_draws([draw]), None
+        result, logits = model.draw(hidden, *(views[name] for name in ("temperature", "seed", "position", "stream"))), None
     else:
         logits = model.logits(hidden)
         if draws == LOGITS:
             return logits
         law = (views[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position", "stream"))
-        result = ops.sample(logits, *law, logprobs=0)
+        result = model.ops.sample(logits, *law, logprobs=0)
     assert result.logprobs is not None and result.processed_logprobs is not None
     found = (result.tokens, result.logprobs, result.processed_logprobs, result.status)
     for target, source in zip(outputs.tensors, found, strict=True):
