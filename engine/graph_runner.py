@@ -159,6 +159,7 @@ class GraphRunner(Runner):
         self._staging = [device.host_memory(words, torch.int32) for _ in range(_RING)]
         self._outputs = _outputs(device.memory, largest.rows)
         self._results = [_outputs(device.host_memory, largest.rows) for _ in range(_RING)]
+        self._read: list[Mark | None] = [None] * _RING  # when the device has read what was staged there
         self._turn = 0
         self._shapes: dict[Sizes, _Shape] = {}
         self._places: dict[TokenSequence, int] = {}  # the rows of the last step whose tokens the device has
@@ -172,8 +173,7 @@ class GraphRunner(Runner):
         sizes, numbers = self._sizes(plan)
         again = self._comes_again(plan)
         shape = self._shape_of(sizes, again)
-        staging, results = self._staging[self._turn], self._results[self._turn]
-        self._turn = (self._turn + 1) % _RING
+        results, staging = self._results[self._turn], self._free_staging()
         self._write(shape, sizes, plan, numbers, staging)
         logits = self._launch(sizes, again, plan.copies, staging[: shape.num_words])
         if sizes.draws not in (FUSED, FILTERED):
@@ -189,11 +189,20 @@ class GraphRunner(Runner):
         """Logits alone, of a step that no token need be fed to."""
         return self.start(plan).logits
 
+    def _free_staging(self) -> Tensor:
+        """Memory for the numbers of the next step to be launched, once the device has read what was there."""
+        read = self._read[self._turn]
+        if read is not None:
+            read.wait()
+        return self._staging[self._turn]
+
     def _launch(self, sizes: Sizes, again: bool, copies: list[tuple[int, int]], words: Tensor) -> Tensor | None:
         """The device's work of a step, from its numbers on the host to its rows of logits, if it has any."""
         self.cache.copy_blocks(self.model.ops, copies)
         shape = self._shape_of(sizes, again)
         self._device.copy(self._buffer[: shape.num_words], words)
+        self._read[self._turn] = self._device.mark()
+        self._turn = (self._turn + 1) % _RING
         return self._run(shape, sizes, again)
 
     def _run(self, shape: _Shape, sizes: Sizes, again: bool) -> Tensor | None:
@@ -297,8 +306,7 @@ def _compute(
     model: Transformer, cache: KVCache, batch: StepBatch, views: dict[str, Tensor], outputs: _Outputs, draws: str
 ) -> Tensor | None:
     """The kernels of a step: what is captured. It must depend on the sizes of its tensors alone."""
-    ops = model.ops
-    ops.feed_tokens(batch.tokens, views["source"], outputs.tokens)
+    model.ops.feed_tokens(batch.tokens, views["source"], outputs.tokens)
     hidden = model.hidden(batch, cache)
     if draws == NONE:
         return None

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .decode.sample import FILTERED, FUSED
-from .device import Mark
 from .graph_runner import LOGITS, NONE, GraphRunner, Sizes, num_words
 from .parallel import Parallel
 
@@ -57,7 +56,6 @@ class FollowingRunner(GraphRunner):
     def follow(self) -> None:
         """Run what rank 0 tells until it says that no more comes. Raises what goes wrong here; ``ConnectionError`` if another has gone."""
         header = torch.empty(_HEADER, dtype=torch.int32)
-        marks: list[Mark | None] = [None] * len(self._staging)
         while True:
             with self.parallel.together():
                 self.parallel.hear(header, patient=True)
@@ -72,13 +70,9 @@ class FollowingRunner(GraphRunner):
                 pairs = numbers[n:].view(-1, 2).tolist()
                 if num_moves:
                     self.move_tokens(*map(list, zip(*pairs[:num_moves], strict=True)))
-                words = self._staging[self._turn][:n]
-                if (mark := marks[self._turn]) is not None:
-                    mark.wait()  # the device may not have read what was there
+                words = self._free_staging()[:n]
                 words.copy_(numbers[:n])
                 self._launch(sizes, bool(again), [(source, target) for source, target in pairs[num_moves:]], words)
-                marks[self._turn] = self._device.mark()
-                self._turn = (self._turn + 1) % len(self._staging)
         leave(self.parallel)
 
 

@@ -36,6 +36,7 @@ from .api import (
 from .head_draws import merge_draws
 from .huge_pages import HugePages
 from .packed import PackedWeight, pack
+from .quantized import QuantizedWeight, quantize
 from .registry import BACKENDS, OP_NAMES, Ops, backends, cuda_reason, select
 from .threads import get_num_threads, set_num_threads, threads_pinned
 
@@ -46,6 +47,7 @@ __all__ = [
     "HugePages",
     "OP_NAMES",
     "PackedWeight",
+    "QuantizedWeight",
     "STATUS_BAD_PARAMETER",
     "STATUS_NAN",
     "STATUS_NOTHING_ALLOWED",
@@ -70,6 +72,7 @@ __all__ = [
     "move_tokens",
     "pack",
     "paged_attention",
+    "quantize",
     "rms_norm",
     "rope_append",
     "sample",

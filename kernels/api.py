@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 from .registry import default_ops
 
 GREEDY_BELOW = 1e-5  # temperatures of ``sample`` below this are greedy
@@ -128,8 +129,8 @@ class VerifyResult(NamedTuple):
     status: Tensor | None = None  # int32 [S]
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
-    """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
+    """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed or quantised, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
 
     Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``, on a GPU, where values are
     not read before the launch, it gives a row of NaN.
@@ -139,7 +140,7 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -148,9 +149,9 @@ def linear(
     """``concat_i(x @ weights[i].T + biases[i]) + residual``, of the dtype of x; with ``residual`` float32; with ``out`` that of ``out``.
 
     ``x [M, K]`` activations, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype
-    (fp32, bf16 or fp16), read in the model's own storage; or ``PackedWeight`` of one format. ``biases[i] [N_i]`` of the weights' dtype or
-    fp32 (beside packed weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` contiguous and float32 (without
-    ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
+    (fp32, bf16 or fp16), read in the model's own storage; or, of one format, ``PackedWeight`` (for a CPU) or ``QuantizedWeight`` (for a
+    GPU). ``biases[i] [N_i]`` of the weights' dtype or fp32 (beside packed and quantised weights any of the three). ``residual`` and ``out``
+    are ``[M, sum N_i]`` contiguous and float32 (without ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
 
     Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
     fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
@@ -158,9 +159,12 @@ def linear(
     instruction, rounds twice). Beside panels of bf16, x is rounded to bf16 (to nearest even), and of two neighbours along K the second is
     added first: the arithmetic of x86's vdpbf16ps, which is used where the machine has it (and takes subnormal numbers for zeros).
 
-    With int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as LLM.int8 and
-    its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in float32. The
-    result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
+    With packed int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as
+    LLM.int8 and its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in
+    float32. The result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
+
+    Beside ``QuantizedWeight`` x stays as it is, and the weights take its dtype: the integers of int8 and the numbers of fp8 without any
+    rounding (their scale multiplies the sum), of int4 their products with the scales, rounded.
     """
     return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 
@@ -326,7 +330,7 @@ def sample(
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

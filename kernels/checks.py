@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATION_DTYPES = WEIGHT_DTYPES  # of which the C++ kernels have float32 only
 SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)  # of caches in which each token has a scale
 CACHE_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
 SCALE_BYTES = 4  # of a token's scale
+_STORED = (PackedWeight, QuantizedWeight)  # matrices that are no tensors
 _F32 = (torch.float32,)
 _I32 = (torch.int32,)
 _I64 = (torch.int64,)
@@ -61,9 +63,9 @@ def _device(first: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name} is on {t.device} while the first argument is on {device}")
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> None:
     _plain("tokens", tokens, _I32, 1, "[T]")
-    if isinstance(table, PackedWeight):
+    if isinstance(table, _STORED):
         _device(tokens, (("table", table.data),))
         return
     _plain("table", table, WEIGHT_DTYPES, 2, "[V, H]")
@@ -72,7 +74,7 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -81,7 +83,7 @@ def linear(
     _dtype("x", x, ACTIVATION_DTYPES)
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
-    if isinstance(weights, (Tensor, PackedWeight)):
+    if isinstance(weights, (Tensor, *_STORED)):
         raise TypeError("weights must be a list of matrices, got a single one: pass [weight]")
     if not weights:
         raise ValueError("weights must hold at least one matrix, got none")
@@ -90,7 +92,7 @@ def linear(
     width = 0
     kind = _kind(weights[0])
     for i, w in enumerate(weights):
-        if isinstance(w, PackedWeight):
+        if isinstance(w, _STORED):
             bias_dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES
         else:
             _plain(f"weights[{i}]", w, WEIGHT_DTYPES, 2, "[N, K]")
@@ -115,8 +117,10 @@ def linear(
     return width
 
 
-def _kind(weight: Tensor | PackedWeight) -> str:
-    return f"packed {weight.format}" if isinstance(weight, PackedWeight) else str(weight.dtype)
+def _kind(weight: Tensor | PackedWeight | QuantizedWeight) -> str:
+    if isinstance(weight, Tensor):
+        return str(weight.dtype)
+    return f"{'packed' if isinstance(weight, PackedWeight) else 'quantised'} {weight.format}"
 
 
 def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

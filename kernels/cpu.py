@@ -17,6 +17,7 @@ from torch import Tensor
 from . import checks, checks_sample, checks_verify, reference
 from .api import BeamResult, EndTokens, HeadDraw, LogitBias, Penalties, SampleResult, VerifyResult
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 from .reference_head import draw
 
 _cpu: Any = None
@@ -142,6 +143,7 @@ def linear(
     if plan is None:
         checks.linear(x, weights, biases, residual, out)
         _float32("x", x)
+        _no_quantized("weights[0]", weights[0])
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
     rows, width, row_stride, k, segments, kind = plan
     if out is None:
@@ -155,9 +157,15 @@ def linear(
 # ---- embed, rms_norm, rope_append, silu_mul ----
 
 
+def _no_quantized(name: str, weight: object) -> None:
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"{name} is quantised for a GPU ({weight.format}); the C++ kernels take tensors or kernels.pack(...)")
+
+
 def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
     checks.embed(tokens, table)
     _on_cpu("tokens", tokens)
+    _no_quantized("table", table)
     vocab, width = table.shape
     out = torch.empty((tokens.shape[0], width), dtype=_F32)
     scale = table.scale.data_ptr() if isinstance(table, PackedWeight) and table.scale is not None else 0
@@ -381,7 +389,7 @@ def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndT
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checks, checks_sample
 from .api import HeadDraw
 from .packed import INTEGER_FORMATS, PackedWeight
+from .quantized import QuantizedWeight
 from .reference_beam import beam_select
 from .reference_head import draw
 from .reference_linear import integer_product
@@ -38,16 +39,16 @@ def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must hold values in [{low}, {high}), got {int(values[where])} at {where}")
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     checks.embed(tokens, table)
     _check_range("tokens", tokens, 0, table.shape[0])
-    dense = table.dense() if isinstance(table, PackedWeight) else table
+    dense = table if isinstance(table, Tensor) else table.dense()
     return dense[tokens.long()].float()
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -56,7 +57,7 @@ def linear(
     checks.linear(x, weights, biases, residual, out)
     parts = []
     for i, weight in enumerate(weights):
-        part = _product(x.float(), weight)
+        part = _product(x, weight)
         bias = None if biases is None else biases[i]
         parts.append(part if bias is None else part + bias.float())
     y = torch.cat(parts, dim=1)
@@ -65,8 +66,13 @@ def linear(
     return (y if residual is not None else y.to(x.dtype)) if out is None else out.copy_(y)
 
 
-def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    if not isinstance(weight, PackedWeight):
+def _product(x: Tensor, weight: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
+    """``x @ weight.T`` in float32."""
+    if isinstance(weight, QuantizedWeight):
+        dense = weight.dense()
+        return x.float() @ (dense.to(x.dtype).float() if weight.format == "int4" else dense).T
+    x = x.float()
+    if isinstance(weight, Tensor):
         return x @ weight.float().T
     if weight.format in INTEGER_FORMATS:
         return integer_product(x, weight)
@@ -75,7 +81,7 @@ def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

@@ -47,7 +47,8 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.cos, self.sin = rope_tables(config.rope, config.max_position)  # float32 [max_position, rotary_dim / 2]
+        cos, sin = rope_tables(config.rope, config.max_position)
+        self.cos, self.sin = cos.to(self.device), sin.to(self.device)  # float32 [max_position, rotary_dim / 2]
         self._activations = torch.float32 if weights.final_norm.is_cpu else self.dtype
         self.parallel = parallel
         self._one_call = one_call(ops, config, weights, self.cos, self.sin) if parallel is None else None
@@ -63,6 +64,7 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.weights.final_norm.device
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import HugePages, PackedWeight, pack
+from ..kernels import HugePages, PackedWeight, QuantizedWeight, pack, quantize
 from .config import ModelConfig
 from .readers import WEIGHT_DTYPES
 from .shard import Shard
@@ -19,10 +19,11 @@ from .shard import Shard
 logger = logging.getLogger("engine.models")
 
 SHOWN = 5  # tensor names listed per kind of mismatch
-# How matrices are kept: read where their owner has them, or as an own copy in the kernels' order, as they are or quantised.
-WEIGHTS = ("shared", "packed", "int8", "int4")
+# How matrices are kept, by type of device: as they are (read where their owner has them, if that is the device), or as an own copy in the
+# kernels' order, as they are or quantised.
+WEIGHTS = {"cpu": ("shared", "packed", "int8", "int4"), "cuda": ("shared", "int8", "int4", "fp8")}
 
-Matrix = Tensor | PackedWeight  # [out, in]
+Matrix = Tensor | PackedWeight | QuantizedWeight  # [out, in]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Assembler:
         tensors: by clean name (``clean_name``); only looked up by name, so a lazy mapping reads nothing too early.
         where: words for messages, e.g. the path.
         dtype: convert every tensor to it, one at a time; None keeps each as it is, in its owner's storage.
+        device: where they go, one at a time; those that are there already stay in their owner's storage.
         weights: of ``WEIGHTS``, what becomes of the matrices.
         shard: which part of the model to build; None: all of it.
     """
@@ -120,12 +122,12 @@ class Assembler:
         tensors: Mapping[str, Tensor],
         where: str,
         dtype: torch.dtype | None,
+        device: torch.device,
         weights: str,
         shard: Shard | None = None,
     ) -> None:
         self._config, self._names, self._tensors, self._where, self._dtype = config, names, tensors, where, dtype
-        self._weights = weights
-        self._shard = shard
+        self._device, self._weights, self._shard = device, weights, shard
         self._memory = HugePages()
         self._progress: tqdm[object] | None = None
 
@@ -169,8 +171,6 @@ class Assembler:
             raise ValueError(f"{self._where} does not hold a {self._config.family} model of its config: " + "; ".join(problems))
 
     def _check_readable(self, name: str, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{self._where}: {name} is on device {tensor.device}: not yet; move the model to the CPU first")
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise ValueError(f"{self._where}: {name} is a {type(tensor).__name__} ({tensor.layout}); only plain dense tensors can be read")
         convertible = self._dtype is not None and tensor.dtype == torch.float64
@@ -228,7 +228,7 @@ class Assembler:
         if name not in self._tensors:
             return True
         head, source = self._tensors[name], self._tensors[f"{self._names.embedding}.weight"]
-        if head.data_ptr() == source.data_ptr() and head.dtype == source.dtype:
+        if head.data_ptr() == source.data_ptr() and head.dtype == source.dtype:  # both where the checkpoint has them
             return True
         if self._config.tied_head:
             if torch.equal(head, source):
@@ -240,6 +240,8 @@ class Assembler:
         if self._weights == "shared":
             return matrix
         try:
+            if self._device.type != "cpu":
+                return quantize(matrix, self._weights)
             return pack(matrix, None if self._weights == "packed" else self._weights, self._memory)
         except ValueError as error:
             raise ValueError(f"{self._where}: {stem}: {error}") from None
@@ -254,6 +256,8 @@ class Assembler:
             tensor = tensor.detach()[rows]
         if columns is not None:
             tensor = tensor.detach()[:, columns].contiguous()
+        if tensor.device != self._device:
+            tensor = tensor.detach().to(self._device)
         if self._dtype is not None and tensor.dtype != self._dtype:
             tensor = tensor.detach().to(self._dtype).contiguous()
         elif not tensor.is_contiguous():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 OPS = (
-    "embed", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "beam_select", "verify_drafts",
+    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "sample_head",
+    "beam_select", "verify_drafts",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -29,6 +30,8 @@ _MODULES = {
     "beam_select": "beam",
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
+    "linear": "linear_launch",
+    "sample_head": "head",
 }
 
 

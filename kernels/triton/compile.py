@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
-Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. A module
+Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. (Products of
+float32 are made of fused multiply-adds, explicitly and so always alike; no test compiles them.) A module
 ``cases_*`` for each family of ops names the ways in which calls specialise its kernels.
 """
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_decide, cases_forward
+from . import cases_decide, cases_forward, cases_head, cases_linear
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
-CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases, cases_forward.cases)
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (
+    cases_decide.cases, cases_forward.cases, cases_linear.cases, cases_head.cases,
+)  # fmt: skip
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -34,6 +37,7 @@ _DTYPE = {
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -77,12 +77,12 @@ def differences(name: str, got: SampleResult, want: SampleResult) -> list[str]:
     return wrong
 
 
-def against_sample(op: Callable[..., HeadDraw], case: Case, linear: Callable[..., Any]) -> list[str]:
+def against_sample(op: Callable[..., HeadDraw], case: Case, linear: Callable[..., Any], cuts: Sequence[int] = SHARDS) -> list[str]:
     """The draws of 1, 2, 3 and 7 shards, merged in another order than theirs, against ``sample`` of the same backend's logits."""
     name, x, head, given = case
     want = sampled(linear(x, [head], out=torch.empty(len(x), len(head), device=x.device)), given)
     wrong = []
-    for pieces in SHARDS:
+    for pieces in cuts:
         if pieces <= len(head):
             draws = shards(op, case, pieces)
             wrong += differences(f"{name}, {pieces} shards", merge_draws(draws[1:] + draws[:1]), want)

@@ -13,6 +13,9 @@ VARIANTS = (
     "everything fp32",
     "forward fp32",
     "forward fp8 cache",
+    "linear: bf16, split",
+    "linear: int4, walked",
+    "head: bf16",
 )  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 
