@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select", "verify_drafts")
+OPS = ("paged_attention", "sample", "beam_select", "verify_drafts")
 # Where they and what belongs to them are.
 _MODULES = {
+    "paged_attention": "attention",
     "sample": "sampler",
     "Workspace": "sampler",
     "beam_select": "beam",

@@ -1,0 +1,513 @@
+"""The kernels of ``paged_attention``: flash attention over splits of the keys, each row with the same bits in every call.
+
+A program has the rows of one *query tile*: a few query tokens of one sequence times the query heads of one KV head, 16 rows in all, so
+that decode and verification use one MMA shape. It goes over *key tiles* of TILE positions at absolute multiples of TILE with the online
+softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022), in base 2:
+
+    M' = max(M, max_j s_j),   L' = L 2^(M - M') + sum_j p_j,   A' = A 2^(M - M') + sum_j p_j v_j,   p_j = 2^(s_j - M')
+
+Every split of SPLIT positions begins anew, and the splits of a row are folded in order by the same identity (FlashDecoding, Dao et al.
+2023). ``attention_walk`` does that in one program; in ``attention_splits`` every split is a program of its own, which writes (M, L, A),
+and ``attention_merge`` folds. The operations on a row are the same either way.
+
+Why a row does not depend on the rows around it. A key it does not see has the weight 0, does not change its maximum, and enters the
+products as an exact zero; an MMA computes each element of its result by itself. L is the product of the weights with ones, so its bits
+do not depend on how a compiled kernel lays out its sums. Key tiles that all rows see whole go the quick way. The others, at the end of
+the context and at the edge of a window, do so too, masked, unless that could show: where the values hold an infinity or a NaN, times the
+zero weight of a row that does not see it, the tile is walked query by query.
+
+Trees (tree attention, Miao et al. 2024). The nodes of a query's path count as positions that follow one another. Key tiles with such
+positions are walked query by query too, with the keys and values of its path gathered in the order of depth: the columns, and so the
+bits, are those of the path as a sequence.
+
+Grids: query tiles x (KV heads x tiles of the heads of one) [x splits]; of the merge, tokens x heads. The number of query tiles is bounded
+by shapes, T // QUERIES + S; a program finds its sequence by bisection, and programs beyond the end, of a sequence or its splits, exit.
+
+Bytes: keys and values of a context once for every query tile, and the results of its splits, 4 (D + 2) for each of its rows, written and
+read. Called by ``attention``.
+
+Values out of range are never followed: blocks are clamped to the cache, contexts to the block table, rows to the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+SPLIT = tl.constexpr(512)  # positions
+_LANES = tl.constexpr(16)  # tokens of a sub-block
+_ONES = tl.constexpr(16)  # columns of L: the least that an MMA has
+_FAR = tl.constexpr(2**31 - 1)
+_NONE = tl.constexpr(float("-inf"))
+
+_ANY_VALUE = ("tokens", "sequences", "blocks", "max_blocks", "splits", "window")
+_ANY_ALIGNMENT = ("block_table", "query_start", "context_len", "tree_start", "ancestors")
+
+
+def _kernel(function: Any) -> Any:
+    """``triton.jit`` for the functions that are launched: what changes from step to step compiles nothing anew."""
+    names = set(inspect.signature(function).parameters)
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in _ANY_VALUE if name in names],
+        do_not_specialize_on_alignment=[name for name in _ANY_VALUE + _ANY_ALIGNMENT if name in names],
+    )
+
+
+# ---- numbers ----
+
+
+@triton.jit
+def _wide(x):
+    """As float32, exactly; bfloat16 by its bits: the interpreter's own conversion loses subnormal values."""
+    if x.dtype == tl.bfloat16:
+        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
+
+
+_INTERPRETED = tl.constexpr(isinstance(_wide, InterpretedFunction))
+
+
+@triton.jit
+def _narrow(x, DTYPE: tl.constexpr):
+    """Rounded to nearest even. The interpreter would cut bfloat16 off, so it rounds by the bits."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        narrow = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = x.to(DTYPE)
+    return narrow
+
+
+@triton.jit
+def _operand(x, DTYPE: tl.constexpr):
+    """x as a factor of products in DTYPE. The interpreter cannot multiply bfloat16: it has the same numbers as float32."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        factor = _wide(_narrow(_wide(x), DTYPE))
+    elif x.dtype == DTYPE:
+        factor = x
+    else:
+        factor = x.to(DTYPE)
+    return factor
+
+
+@triton.jit
+def _count_bits(x):
+    """How many bits of int64 are set."""
+    x = (x & 0x5555555555555555) + ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x & 0x0F0F0F0F0F0F0F0F) + ((x >> 4) & 0x0F0F0F0F0F0F0F0F)
+    x += x >> 8
+    x += x >> 16
+    x += x >> 32
+    return (x & 0x7F).to(tl.int32)
+
+
+# ---- who sees what ----
+
+
+@triton.jit
+def _find_sequence(place, query_start, sequences, QUERIES: tl.constexpr, EXTRA: tl.constexpr):
+    """The last sequence s with ``query_start[s] // QUERIES + EXTRA s <= place``; the first if there is none."""
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        begins = tl.load(query_start + middle) // QUERIES + EXTRA * middle
+        low = tl.where(begins <= place, middle, low)
+        high = tl.where(begins <= place, high, middle)
+    return low
+
+
+@triton.jit
+def _sequence(s, query_start, context_len, tree_start, tokens, max_blocks, BLOCK_SIZE: tl.constexpr):
+    """The first query row of a sequence, its number of rows, its context, and where its tree begins (-1: nowhere)."""
+    first = tl.minimum(tl.maximum(tl.load(query_start + s), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(query_start + s + 1), 0), tokens)
+    context = tl.minimum(tl.load(context_len + s), max_blocks * BLOCK_SIZE)
+    tree = -1
+    if tree_start is not None:
+        tree = tl.load(tree_start + s)
+    return first, end - first, context, tree
+
+
+@triton.jit
+def _seen(query, there, first, queries, context, tree, ancestors, window, WINDOWED: tl.constexpr):
+    """The positions [low, high) that query rows of a sequence see; none where not ``there``."""
+    high = context - queries + query + 1
+    if ancestors is not None:
+        if tree >= 0:
+            path = tl.load(ancestors + first + query, mask=there, other=0)
+            high = tree + _count_bits(path)
+    high = tl.where(there, tl.minimum(high, context), 0)
+    if WINDOWED:
+        low = tl.maximum(high - window, 0)
+    else:
+        low = high - high
+    return low, high
+
+
+@triton.jit
+def _path_nodes(path, depth):
+    """Which nodes of a path (bits of int64) have the depths ``depth``, from 0; 0 where there is none."""
+    node = tl.arange(0, 64)
+    set_ = ((path >> node.to(tl.int64)) & 1).to(tl.int32)
+    place = tl.cumsum(set_, axis=0) - set_
+    hit = (place[None, :] == depth[:, None]) & (set_[None, :] != 0)
+    return tl.sum(tl.where(hit, node[None, :], 0), axis=1)
+
+
+# ---- the arithmetic ----
+
+
+@triton.jit
+def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """(M, L, A) with a key tile more: ``k [D, TILE]`` and ``v [TILE, D]`` as stored, ``factor`` of the scores."""
+    score = tl.dot(q, _operand(k, DTYPE), input_precision="ieee") * factor
+    if MASKED:
+        score = tl.where(seen, score, _NONE)
+    top = tl.maximum(most, tl.max(score, axis=1))
+    base = tl.where(top == _NONE, 0.0, top)  # without keys that count: weights 0, not NaN
+    old = tl.exp2(most - base)[:, None]
+    p = tl.exp2(score - base[:, None])
+    ones = tl.full([p.shape[1], _ONES], 1.0, tl.float32)
+    weight = tl.dot(_operand(p, DTYPE), _operand(ones, DTYPE), weight * old, input_precision="ieee")
+    if value_scale is not None:
+        p = p * value_scale[None, :]
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+    total = tl.dot(_operand(p, DTYPE), _operand(v, DTYPE), total * old, input_precision="ieee")
+    return top, weight, total
+
+
+@triton.jit
+def _fold(most, weight, total, split_most, split_weight, split_total):
+    """(M, L, A) with a split more. Beginning with (-inf, 0, 0) it is the split; with such a split nothing changes."""
+    top = tl.maximum(most, split_most)
+    base = tl.where(top == _NONE, 0.0, top)
+    old = tl.exp2(most - base)
+    new = tl.exp2(split_most - base)
+    return top, weight * old + split_weight * new, total * old[:, None] + split_total * new[:, None]
+
+
+@triton.jit
+def _result(there, weight, total, DTYPE: tl.constexpr):
+    """A / L, 0 where not ``there``."""
+    share = tl.div_rn(tl.full(weight.shape, 1.0, tl.float32), weight)
+    return _narrow(tl.where(there[:, None], total * share[:, None], 0.0), DTYPE)
+
+
+# ---- keys and values ----
+
+
+@triton.jit
+def _chunks(table, sub_block, needed, blocks, kv_head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Where sub-blocks of a sequence lie, counted in sub-blocks of the cache. ``needed``: None for all."""
+    per_block: tl.constexpr = BLOCK_SIZE // _LANES
+    block = tl.load(table + sub_block // per_block, mask=needed)
+    block = tl.minimum(tl.maximum(block, 0), blocks - 1).to(tl.int64)
+    return (block * KV_HEADS + kv_head) * per_block + sub_block % per_block
+
+
+@triton.jit
+def _load_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
+    """``[D, TILE]``."""
+    d = tl.arange(0, PADDED)
+    there = None
+    if needed is not None:
+        there = needed[None, :] & (d[:, None] < DIM)
+    elif PADDED != DIM:
+        there = (d[:, None] < DIM) & (lane[None, :] >= 0)
+    pointers = key_cache + (chunk * CHUNK + lane)[None, :] + d[:, None] * _LANES
+    if there is None:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=there, other=0)
+    return x
+
+
+@triton.jit
+def _load_values(value_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
+    """``[TILE, D]``."""
+    d = tl.arange(0, PADDED)
+    there = None
+    if needed is not None:
+        there = needed[:, None] & (d[None, :] < DIM)
+    elif PADDED != DIM:
+        there = (lane[:, None] >= 0) & (d[None, :] < DIM)
+    pointers = value_cache + (chunk * CHUNK + lane * DIM)[:, None] + d[None, :]
+    if there is None:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=there, other=0)
+    return x
+
+
+@triton.jit
+def _load_scales(scales, chunk, lane, needed, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """``[TILE]``: those of a sub-block lie behind its elements, in units of four bytes."""
+    pointers = scales + chunk * (CHUNK // 4) + (DIM * _LANES // 4) + lane
+    if needed is None:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=needed, other=0.0)
+    return x
+
+
+@triton.jit
+def _edge_tiles(
+    first_tile, last_tile, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+    query, there, low, high, tree, path, count,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(M, L, A) with the key tiles [first_tile, last_tile) more, of which not every row sees all.
+
+    ``query``: each row's query in the tile, of ``count``; ``path``: where their ancestors lie, or None.
+    """
+    column = tl.arange(0, TILE)
+    for tile in tl.range(first_tile, last_tile, num_stages=1):
+        position = tile * TILE + column
+        passes = 1
+        if count > 1:
+            if key_scales is None:
+                oldest = tl.min(tl.where(there, low, _FAR), axis=0)
+                newest = tl.max(high, axis=0)
+                if path is not None:
+                    newest = tl.minimum(newest, tl.where(tree >= 0, tree, _FAR))
+                needed = (position >= oldest) & (position < newest)
+                chunk = _chunks(table, position // _LANES, needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
+                v = _wide(_load_values(value_cache, chunk, position % _LANES, needed, DIM, PADDED, CHUNK))
+                if tl.max(tl.max(tl.where(v - v == 0.0, 0, 1), axis=1), axis=0) > 0:  # infinite or NaN
+                    passes = count
+            if path is not None:
+                if (tree >= 0) & ((tile + 1) * TILE > tree):
+                    passes = count
+        for i in tl.range(0, passes, num_stages=1):
+            chosen = there & ((passes == 1) | (query == i))
+            oldest = tl.min(tl.where(chosen, low, _FAR), axis=0)
+            newest = tl.max(tl.where(chosen, high, 0), axis=0)
+            needed = (position >= oldest) & (position < newest)
+            token = position
+            sub_block = tile * (TILE // _LANES) + column // _LANES
+            # All keys of a sub-block or none: loads stay vectors. Of values each token is by itself: no product may meet another slot's.
+            keys_needed = (sub_block * _LANES < newest) & (sub_block * _LANES + _LANES > oldest)
+            if path is not None:
+                if tree >= 0:
+                    nodes = _path_nodes(tl.load(path + i), position - tree)
+                    token = tl.where(position >= tree, tree + nodes, position)
+                sub_block = token // _LANES
+                keys_needed = needed
+            lane = token % _LANES
+            chunk = _chunks(table, sub_block, keys_needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
+            k = _load_keys(key_cache, chunk, lane, keys_needed, DIM, PADDED, CHUNK)
+            v = _load_values(value_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
+            scale_of_keys = factor
+            scale_of_values = None
+            if key_scales is not None:
+                scale_of_keys = (_load_scales(key_scales, chunk, lane, needed, DIM, CHUNK) * factor)[None, :]
+                scale_of_values = _load_scales(value_scales, chunk, lane, needed, DIM, CHUNK)
+            seen = chosen[:, None] & (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
+            top, new_weight, new_total = _step(
+                q, k, v, scale_of_keys, scale_of_values, seen, most, weight, total, DTYPE, True
+            )  # fmt: skip
+            most = tl.where(chosen, top, most)
+            weight = tl.where(chosen[:, None], new_weight, weight)
+            total = tl.where(chosen[:, None], new_total, total)
+    return most, weight, total
+
+
+@triton.jit
+def _split(
+    split, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+    query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(M, L, A) of one split. Some row sees the key tiles [begin, end), all rows the whole of [whole_begin, whole_end)."""
+    most = tl.full([ROWS], _NONE, tl.float32)
+    weight = tl.zeros([ROWS, _ONES], tl.float32)
+    total = tl.zeros([ROWS, PADDED], tl.float32)
+    first = tl.maximum(begin, split * SPLIT_TILES)
+    last = tl.minimum(end, (split + 1) * SPLIT_TILES)
+    whole_first = tl.minimum(tl.maximum(whole_begin, first), last)
+    whole_last = tl.minimum(tl.maximum(whole_end, whole_first), last)
+    if WINDOWED:
+        most, weight, total = _edge_tiles(
+            first, whole_first, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+            query, there, low, high, tree, path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+        )  # fmt: skip
+    column = tl.arange(0, TILE)
+    lane = column % _LANES
+    for tile in tl.range(whole_first, whole_last, num_stages=STAGES):
+        sub_block = tile * (TILE // _LANES) + column // _LANES
+        chunk = _chunks(table, sub_block, None, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
+        k = _load_keys(key_cache, chunk, lane, None, DIM, PADDED, CHUNK)
+        v = _load_values(value_cache, chunk, lane, None, DIM, PADDED, CHUNK)
+        scale_of_keys = factor
+        scale_of_values = None
+        if key_scales is not None:
+            scale_of_keys = (_load_scales(key_scales, chunk, lane, None, DIM, CHUNK) * factor)[None, :]
+            scale_of_values = _load_scales(value_scales, chunk, lane, None, DIM, CHUNK)
+        most, weight, total = _step(q, k, v, scale_of_keys, scale_of_values, None, most, weight, total, DTYPE, False)
+    most, weight, total = _edge_tiles(
+        whole_last, last, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+        query, there, low, high, tree, path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+    )  # fmt: skip
+    return most, tl.max(weight, axis=1), total  # all columns of L are the same
+
+
+# ---- the kernels ----
+
+
+@triton.jit
+def _tile(
+    place, head_tile, query_start, context_len, tree_start, ancestors, tokens, sequences, max_blocks, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """What the rows of a query tile are, what they see, and which key tiles they need."""
+    group: tl.constexpr = HEADS // KV_HEADS
+    s = _find_sequence(place, query_start, sequences, QUERIES, 1)
+    first, queries, context, tree = _sequence(s, query_start, context_len, tree_start, tokens, max_blocks, BLOCK_SIZE)
+    before = (place - tl.load(query_start + s) // QUERIES - s) * QUERIES  # queries of the sequence in earlier tiles
+    count = tl.minimum(queries - before, QUERIES)
+    row = tl.arange(0, ROWS)
+    query = row // TILE_HEADS
+    head_in_group = head_tile % HEAD_TILES * TILE_HEADS + row % TILE_HEADS
+    there = (query < count) & (head_in_group < group)
+    if QUERIES * TILE_HEADS < ROWS:
+        there = there & (query < QUERIES)
+    kv_head = head_tile // HEAD_TILES
+    low, high = _seen(before + query, there, first, queries, context, tree, ancestors, window, WINDOWED)
+    # Rows of q and of the result, 64 bits: T x heads x D may pass 2^31.
+    index = (first + before + query).to(tl.int64) * HEADS + kv_head * group + head_in_group
+    return s, first, before, count, tree, query, there, low, high, index, kv_head
+
+
+@triton.jit
+def _key_tiles(there, low, high, tree, TILE: tl.constexpr):
+    """The key tiles [begin, end) that some row sees, and [whole_begin, whole_end), of which all rows see all."""
+    begin = tl.min(tl.where(there, low, _FAR), axis=0) // TILE
+    end = (tl.max(high, axis=0) + TILE - 1) // TILE
+    whole_begin = (tl.max(low, axis=0) + TILE - 1) // TILE
+    committed = tl.where(tree >= 0, tree, _FAR)
+    whole_end = tl.minimum(tl.min(tl.where(there, high, _FAR), axis=0), committed) // TILE
+    return begin, end, whole_begin, whole_end
+
+
+@triton.jit
+def _load_queries(q, index, there, DIM: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    d = tl.arange(0, PADDED)
+    x = tl.load(q + index[:, None] * DIM + d[None, :], mask=there[:, None] & (d[None, :] < DIM), other=0.0)
+    return _operand(x, DTYPE)
+
+
+@_kernel
+def attention_walk(
+    q, key_cache, value_cache, key_scales, value_scales, block_table, query_start, context_len, tree_start, ancestors, out,
+    tokens, sequences, blocks, max_blocks, window, factor,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query tile over all of its splits. The last tiles, which see the most, come first."""
+    dtype: tl.constexpr = q.dtype.element_ty
+    s, first, before, count, tree, query, there, low, high, index, kv_head = _tile(
+        tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), query_start, context_len, tree_start, ancestors, tokens, sequences,
+        max_blocks, window, HEADS, KV_HEADS, TILE_HEADS, HEAD_TILES, QUERIES, ROWS, TILE, BLOCK_SIZE, WINDOWED,
+    )  # fmt: skip
+    if count > 0:
+        begin, end, whole_begin, whole_end = _key_tiles(there, low, high, tree, TILE)
+        queries = _load_queries(q, index, there, DIM, PADDED, dtype)
+        table = block_table + s.to(tl.int64) * max_blocks
+        path = None
+        if ancestors is not None:
+            path = ancestors + first + before
+        most = tl.full([ROWS], _NONE, tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS, PADDED], tl.float32)
+        for split in tl.range(begin // SPLIT_TILES, (end + SPLIT_TILES - 1) // SPLIT_TILES, num_stages=1):
+            split_most, split_weight, split_total = _split(
+                split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+                query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+                KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
+            )  # fmt: skip
+            most, weight, total = _fold(most, weight, total, split_most, split_weight, split_total)
+        d = tl.arange(0, PADDED)
+        result = _result(low < high, weight, total, dtype)
+        tl.store(out + index[:, None] * DIM + d[None, :], result, mask=there[:, None] & (d[None, :] < DIM))
+
+
+@_kernel
+def attention_splits(
+    q, key_cache, value_cache, key_scales, value_scales, block_table, query_start, context_len, tree_start, ancestors,
+    split_maximum, split_weight, split_total, tokens, sequences, blocks, max_blocks, splits, window, factor,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_TILES: tl.constexpr, QUERIES: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT_TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One query tile over one split: its (M, L, A) for ``attention_merge``."""
+    dtype: tl.constexpr = q.dtype.element_ty
+    split = tl.program_id(2)
+    s, first, before, count, tree, query, there, low, high, index, kv_head = _tile(
+        tl.program_id(0), tl.program_id(1), query_start, context_len, tree_start, ancestors, tokens, sequences, max_blocks, window,
+        HEADS, KV_HEADS, TILE_HEADS, HEAD_TILES, QUERIES, ROWS, TILE, BLOCK_SIZE, WINDOWED,
+    )  # fmt: skip
+    begin, end, whole_begin, whole_end = _key_tiles(there, low, high, tree, TILE)
+    if (count > 0) & (begin < (split + 1) * SPLIT_TILES) & (end > split * SPLIT_TILES):
+        queries = _load_queries(q, index, there, DIM, PADDED, dtype)
+        table = block_table + s.to(tl.int64) * max_blocks
+        path = None
+        if ancestors is not None:
+            path = ancestors + first + before
+        most, weight, total = _split(
+            split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+            query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+            KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
+        )  # fmt: skip
+        place = index * splits + split
+        d = tl.arange(0, PADDED)
+        tl.store(split_maximum + place, most, mask=there)
+        tl.store(split_weight + place, weight, mask=there)
+        tl.store(split_total + place[:, None] * DIM + d[None, :], total, mask=there[:, None] & (d[None, :] < DIM))
+
+
+@_kernel
+def attention_merge(
+    split_maximum, split_weight, split_total, query_start, context_len, tree_start, ancestors, out,
+    tokens, sequences, max_blocks, splits, window,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, WINDOWED: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One row: its splits in order, AHEAD of them loaded at a time."""
+    token = tl.program_id(0)
+    s = _find_sequence(token, query_start, sequences, 1, 0)
+    first, queries, context, tree = _sequence(s, query_start, context_len, tree_start, tokens, max_blocks, BLOCK_SIZE)
+    if (token >= first) & (token < first + queries):
+        row = tl.arange(0, 1)
+        low, high = _seen(token - first + row, row == 0, first, queries, context, tree, ancestors, window, WINDOWED)
+        oldest = tl.max(low, axis=0)
+        newest = tl.max(high, axis=0)
+        index = token.to(tl.int64) * HEADS + tl.program_id(1)
+        d = tl.arange(0, PADDED)
+        most = tl.full([1], _NONE, tl.float32)
+        weight = tl.zeros([1], tl.float32)
+        total = tl.zeros([1, PADDED], tl.float32)
+        last = (newest + SPLIT - 1) // SPLIT
+        for begin in tl.range(oldest // SPLIT, last, AHEAD, num_stages=1):
+            for i in tl.static_range(AHEAD):
+                there = begin + i < last
+                place = index * splits + begin + i + row
+                split_m = tl.load(split_maximum + place, mask=there, other=_NONE)
+                split_l = tl.load(split_weight + place, mask=there, other=0.0)
+                split_a = tl.load(split_total + place[:, None] * DIM + d[None, :], mask=there & (d[None, :] < DIM), other=0.0)
+                most, weight, total = _fold(most, weight, total, split_m, split_l, split_a)
+        result = _result(low < high, weight, total, out.dtype.element_ty)
+        tl.store(out + index * DIM + d[None, :], result, mask=d[None, :] < DIM)
