@@ -109,9 +109,9 @@ def query_tile(group: int, rows: int) -> dict[str, int]:
 
 def _key_tile(q: Tensor, key_cache: Tensor, head_dim: int) -> dict[str, int]:
     """How many positions a key tile has, and how many tiles are on their way to the shared memory: a matter of bytes."""
-    wide = power_of_two(max(head_dim, 16)) * key_cache.element_size()
-    tile = 64 if wide <= 512 else 32
-    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 3 if wide * tile <= 1 << 14 else 2}
+    wide = power_of_two(max(head_dim, 16)) * max(q.element_size(), key_cache.element_size())
+    tile = 64 if wide <= 256 else 32 if wide <= 512 else 16
+    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 7}
 
 
 def _arguments(

@@ -43,6 +43,7 @@ _LANES = tl.constexpr(16)  # tokens of a sub-block
 _ONES = tl.constexpr(16)  # columns of L: the least that an MMA has
 _FAR = tl.constexpr(2**31 - 1)
 _NONE = tl.constexpr(float("-inf"))
+_PRECISION = tl.constexpr("tf32x3")
 
 _ANY_VALUE = ("tokens", "sequences", "blocks", "max_blocks", "splits", "window")
 _ANY_ALIGNMENT = ("block_table", "query_start", "context_len", "tree_start", "ancestors")
@@ -72,6 +73,16 @@ def _wide(x):
 
 
 _INTERPRETED = tl.constexpr(isinstance(_wide, InterpretedFunction))
+
+
+@triton.jit
+def _is_not_finite(x):
+    """Whether x, float32 or bfloat16, is infinite or NaN, by its bits."""
+    if x.dtype == tl.bfloat16:
+        bad = (x.to(tl.int16, bitcast=True) & 0x7F80) == 0x7F80
+    else:
+        bad = (x.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    return bad
 
 
 @triton.jit
@@ -156,12 +167,16 @@ def _seen(query, there, first, queries, context, tree, ancestors, window, WINDOW
 
 @triton.jit
 def _path_nodes(path, depth):
-    """Which nodes of a path (bits of int64) have the depths ``depth``, from 0; 0 where there is none."""
-    node = tl.arange(0, 64)
-    set_ = ((path >> node.to(tl.int64)) & 1).to(tl.int32)
-    place = tl.cumsum(set_, axis=0) - set_
-    hit = (place[None, :] == depth[:, None]) & (set_[None, :] != 0)
-    return tl.sum(tl.where(hit, node[None, :], 0), axis=1)
+    """Which nodes of a path, bits of int64, have the depths ``depth``, from 0: by bisection of the bits."""
+    node = depth * 0
+    for i in tl.static_range(6):
+        half = 32 >> i
+        bits = (path >> node.to(tl.int64)) & ((1 << half) - 1)
+        below = _count_bits(bits)
+        beyond = depth >= below
+        node = tl.where(beyond, node + half, node)
+        depth = tl.where(beyond, depth - below, depth)
+    return node
 
 
 # ---- the arithmetic ----
@@ -170,7 +185,7 @@ def _path_nodes(path, depth):
 @triton.jit
 def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """(M, L, A) with a key tile more: ``k [D, TILE]`` and ``v [TILE, D]`` as stored, ``factor`` of the scores."""
-    score = tl.dot(q, _operand(k, DTYPE), input_precision="ieee") * factor
+    score = tl.dot(q, _operand(k, DTYPE), input_precision=_PRECISION) * factor
     if MASKED:
         score = tl.where(seen, score, _NONE)
     top = tl.maximum(most, tl.max(score, axis=1))
@@ -178,12 +193,17 @@ def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.con
     old = tl.exp2(most - base)[:, None]
     p = tl.exp2(score - base[:, None])
     ones = tl.full([p.shape[1], _ONES], 1.0, tl.float32)
-    weight = tl.dot(_operand(p, DTYPE), _operand(ones, DTYPE), weight * old, input_precision="ieee")
+    weight = tl.dot(_operand(p, DTYPE), _operand(ones, DTYPE), weight * old, input_precision=_PRECISION)
     if value_scale is not None:
         p = p * value_scale[None, :]
         if MASKED:
-            p = tl.where(seen, p, 0.0)
-    total = tl.dot(_operand(p, DTYPE), _operand(v, DTYPE), total * old, input_precision="ieee")
+            p = tl.where(seen, p, 0.0)  # a scale may be NaN
+    elif MASKED:
+        bad = tl.max(_is_not_finite(v).to(tl.int32), axis=1)
+        hit = tl.max(tl.where(seen, bad[None, :], 0), axis=1)
+        total = tl.where(hit[:, None] != 0, float("nan"), total)
+        v = tl.where(bad[:, None] != 0, tl.zeros_like(v), v)
+    total = tl.dot(_operand(p, DTYPE), _operand(v, DTYPE), total * old, input_precision=_PRECISION)
     return top, weight, total
 
 
@@ -199,9 +219,11 @@ def _fold(most, weight, total, split_most, split_weight, split_total):
 
 @triton.jit
 def _result(there, weight, total, DTYPE: tl.constexpr):
-    """A / L, 0 where not ``there``."""
+    """A / L; NaN throughout where A is not finite; 0 where not ``there``."""
     share = tl.div_rn(tl.full(weight.shape, 1.0, tl.float32), weight)
-    return _narrow(tl.where(there[:, None], total * share[:, None], 0.0), DTYPE)
+    bad = tl.max(_is_not_finite(total).to(tl.int32), axis=1)
+    ratio = tl.where(bad[:, None] != 0, float("nan"), total * share[:, None])
+    return _narrow(tl.where(there[:, None], ratio, 0.0), DTYPE)
 
 
 # ---- keys and values ----
@@ -231,6 +253,14 @@ def _load_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.con
     else:
         x = tl.load(pointers, mask=there, other=0)
     return x
+
+
+@triton.jit
+def _gather_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
+    """``[D, TILE]`` of tokens that lie anywhere: loaded as ``[TILE, D]``, for which a thread needs the addresses of few tokens."""
+    d = tl.arange(0, PADDED)
+    pointers = key_cache + (chunk * CHUNK + lane)[:, None] + d[None, :] * _LANES
+    return tl.trans(tl.load(pointers, mask=needed[:, None] & (d[None, :] < DIM), other=0))
 
 
 @triton.jit
@@ -275,52 +305,74 @@ def _edge_tiles(
     column = tl.arange(0, TILE)
     for tile in tl.range(first_tile, last_tile, num_stages=1):
         position = tile * TILE + column
-        passes = 1
-        if count > 1:
-            if key_scales is None:
-                oldest = tl.min(tl.where(there, low, _FAR), axis=0)
-                newest = tl.max(high, axis=0)
-                if path is not None:
-                    newest = tl.minimum(newest, tl.where(tree >= 0, tree, _FAR))
-                needed = (position >= oldest) & (position < newest)
-                chunk = _chunks(table, position // _LANES, needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
-                v = _wide(_load_values(value_cache, chunk, position % _LANES, needed, DIM, PADDED, CHUNK))
-                if tl.max(tl.max(tl.where(v - v == 0.0, 0, 1), axis=1), axis=0) > 0:  # infinite or NaN
-                    passes = count
-            if path is not None:
-                if (tree >= 0) & ((tile + 1) * TILE > tree):
-                    passes = count
-        for i in tl.range(0, passes, num_stages=1):
-            chosen = there & ((passes == 1) | (query == i))
-            oldest = tl.min(tl.where(chosen, low, _FAR), axis=0)
-            newest = tl.max(tl.where(chosen, high, 0), axis=0)
-            needed = (position >= oldest) & (position < newest)
-            token = position
-            sub_block = tile * (TILE // _LANES) + column // _LANES
-            # All keys of a sub-block or none: loads stay vectors. Of values each token is by itself: no product may meet another slot's.
-            keys_needed = (sub_block * _LANES < newest) & (sub_block * _LANES + _LANES > oldest)
-            if path is not None:
-                if tree >= 0:
-                    nodes = _path_nodes(tl.load(path + i), position - tree)
-                    token = tl.where(position >= tree, tree + nodes, position)
-                sub_block = token // _LANES
-                keys_needed = needed
-            lane = token % _LANES
-            chunk = _chunks(table, sub_block, keys_needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
-            k = _load_keys(key_cache, chunk, lane, keys_needed, DIM, PADDED, CHUNK)
-            v = _load_values(value_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
-            scale_of_keys = factor
-            scale_of_values = None
-            if key_scales is not None:
-                scale_of_keys = (_load_scales(key_scales, chunk, lane, needed, DIM, CHUNK) * factor)[None, :]
-                scale_of_values = _load_scales(value_scales, chunk, lane, needed, DIM, CHUNK)
-            seen = chosen[:, None] & (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
-            top, new_weight, new_total = _step(
-                q, k, v, scale_of_keys, scale_of_values, seen, most, weight, total, DTYPE, True
+        sub_block = tile * (TILE // _LANES) + column // _LANES
+        if path is None:
+            most, weight, total = _masked_tile(
+                position, sub_block, column % _LANES, False, most, weight, total, q, key_cache, value_cache, key_scales, value_scales,
+                table, blocks, kv_head, factor, there, low, high, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, DTYPE,
             )  # fmt: skip
-            most = tl.where(chosen, top, most)
-            weight = tl.where(chosen[:, None], new_weight, weight)
-            total = tl.where(chosen[:, None], new_total, total)
+        else:
+            in_tree = (tree >= 0) & ((tile + 1) * TILE > tree)
+            for i in tl.range(0, tl.where(in_tree, count, 1), num_stages=1):
+                token = position
+                if in_tree:
+                    token = tl.where(position >= tree, tree + _path_nodes(tl.load(path + i), position - tree), position)
+                most, weight, total = _masked_tile(
+                    position, token // _LANES, token % _LANES, True, most, weight, total, q, key_cache, value_cache, key_scales,
+                    value_scales, table, blocks, kv_head, factor, there & ((in_tree == 0) | (query == i)), low, high,
+                    KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, DTYPE,
+                )  # fmt: skip
+    return most, weight, total
+
+
+@triton.jit
+def _masked_tile(
+    position, sub_block, lane, scattered: tl.constexpr, most, weight, total, q, key_cache, value_cache, key_scales, value_scales,
+    table, blocks, kv_head, factor, there, low, high,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(M, L, A) with a key tile more, for the rows that are ``there``. What stands at ``position`` lies in ``sub_block`` and ``lane``."""
+    oldest = tl.min(tl.where(there, low, _FAR), axis=0)
+    newest = tl.max(tl.where(there, high, 0), axis=0)
+    needed = (position >= oldest) & (position < newest)
+    keys_needed = needed
+    if not scattered:  # keys of whole sub-blocks, so that loads stay vectors; what no row sees is not looked at
+        keys_needed = (sub_block * _LANES < newest) & (sub_block * _LANES + _LANES > oldest)
+    chunk = _chunks(table, sub_block, keys_needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
+    if scattered:
+        k = _gather_keys(key_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
+    else:
+        k = _load_keys(key_cache, chunk, lane, keys_needed, DIM, PADDED, CHUNK)
+    v = _load_values(value_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
+    scale_of_keys = factor
+    scale_of_values = None
+    if key_scales is not None:
+        scale_of_keys = (_load_scales(key_scales, chunk, lane, needed, DIM, CHUNK) * factor)[None, :]
+        scale_of_values = _load_scales(value_scales, chunk, lane, needed, DIM, CHUNK)
+    seen = there[:, None] & (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
+    return _step(q, k, v, scale_of_keys, scale_of_values, seen, most, weight, total, DTYPE, True)
+
+
+@triton.jit
+def _whole_tiles(
+    first_tile, last_tile, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(M, L, A) with the key tiles [first_tile, last_tile) more, of which every row sees all."""
+    column = tl.arange(0, TILE)
+    lane = column % _LANES
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+        sub_block = tile * (TILE // _LANES) + column // _LANES
+        chunk = _chunks(table, sub_block, None, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
+        k = _load_keys(key_cache, chunk, lane, None, DIM, PADDED, CHUNK)
+        v = _load_values(value_cache, chunk, lane, None, DIM, PADDED, CHUNK)
+        scale_of_keys = factor
+        scale_of_values = None
+        if key_scales is not None:
+            scale_of_keys = (_load_scales(key_scales, chunk, lane, None, DIM, CHUNK) * factor)[None, :]
+            scale_of_values = _load_scales(value_scales, chunk, lane, None, DIM, CHUNK)
+        most, weight, total = _step(q, k, v, scale_of_keys, scale_of_values, None, most, weight, total, DTYPE, False)
     return most, weight, total
 
 
@@ -339,28 +391,29 @@ def _split(
     last = tl.minimum(end, (split + 1) * SPLIT_TILES)
     whole_first = tl.minimum(tl.maximum(whole_begin, first), last)
     whole_last = tl.minimum(tl.maximum(whole_end, whole_first), last)
-    if WINDOWED:
-        most, weight, total = _edge_tiles(
-            first, whole_first, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-            query, there, low, high, tree, path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+    if WINDOWED:  # in two rounds, for one copy of the code: the edge of the window and the whole tiles; the end of the context
+        for rounds in tl.range(0, 2, num_stages=1):
+            most, weight, total = _edge_tiles(
+                tl.where(rounds == 0, first, whole_last), tl.where(rounds == 0, whole_first, last), most, weight, total,
+                q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree, path,
+                count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+            )  # fmt: skip
+            most, weight, total = _whole_tiles(
+                tl.where(rounds == 0, whole_first, whole_last), whole_last, most, weight, total,
+                q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+                KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, STAGES, DTYPE,
+            )  # fmt: skip
+    else:
+        most, weight, total = _whole_tiles(
+            whole_first, whole_last, most, weight, total,
+            q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+            KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, STAGES, DTYPE,
         )  # fmt: skip
-    column = tl.arange(0, TILE)
-    lane = column % _LANES
-    for tile in tl.range(whole_first, whole_last, num_stages=STAGES):
-        sub_block = tile * (TILE // _LANES) + column // _LANES
-        chunk = _chunks(table, sub_block, None, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
-        k = _load_keys(key_cache, chunk, lane, None, DIM, PADDED, CHUNK)
-        v = _load_values(value_cache, chunk, lane, None, DIM, PADDED, CHUNK)
-        scale_of_keys = factor
-        scale_of_values = None
-        if key_scales is not None:
-            scale_of_keys = (_load_scales(key_scales, chunk, lane, None, DIM, CHUNK) * factor)[None, :]
-            scale_of_values = _load_scales(value_scales, chunk, lane, None, DIM, CHUNK)
-        most, weight, total = _step(q, k, v, scale_of_keys, scale_of_values, None, most, weight, total, DTYPE, False)
-    most, weight, total = _edge_tiles(
-        whole_last, last, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-        query, there, low, high, tree, path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
-    )  # fmt: skip
+        most, weight, total = _edge_tiles(
+            whole_last, last, most, weight, total,
+            q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree, path, count,
+            KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+        )  # fmt: skip
     return most, tl.max(weight, axis=1), total  # all columns of L are the same
 
 

@@ -19,16 +19,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_decide
+from . import cases_attention, cases_decide
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
-CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases,)
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases, cases_attention.cases)
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -111,7 +113,10 @@ def table(
                 if kernel.__name__ not in kernels:
                     continue
                 options = {name: arguments[name] for name in OPTIONS if name in arguments} | {"enable_fp_fusion": fusion}
+                fp8 = any(isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn for value in arguments.values())
                 for architecture in architectures:
+                    if fp8 and architecture < 89:  # has no such numbers
+                        continue
                     compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
                     rows.append(_usage(kernel, variant, architecture, arguments["num_warps"], compiled, Path(folder)))
     return rows
