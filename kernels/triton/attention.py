@@ -110,8 +110,10 @@ def query_tile(group: int, rows: int) -> dict[str, int]:
 def _key_tile(q: Tensor, key_cache: Tensor, head_dim: int) -> dict[str, int]:
     """How many positions a key tile has, and how many tiles are on their way to the shared memory: a matter of bytes."""
     wide = power_of_two(max(head_dim, 16)) * max(q.element_size(), key_cache.element_size())
-    tile = 64 if wide <= 256 else 32 if wide <= 512 else 16
-    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 7}
+    if q.dtype == torch.float32:
+        wide *= 2  # a product of float32 is three of halves that need registers
+    tile = 64 if wide <= 256 and q.dtype != torch.float32 else 32 if wide <= 512 else 16
+    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 5}
 
 
 def _arguments(
@@ -130,10 +132,11 @@ def _arguments(
     tokens, heads, head_dim = q.shape
     blocks, kv_heads, sub_blocks = key_cache.shape[:3]
     scaled = key_cache.element_size() == 1
+    stored = torch.uint8 if key_cache.dtype == torch.float8_e4m3fn else key_cache.dtype  # loads of float8 cannot be masked
     return {
         "q": q,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
+        "key_cache": key_cache.view(stored),
+        "value_cache": value_cache.view(stored),
         "key_scales": key_cache.view(torch.float32) if scaled else None,
         "value_scales": value_cache.view(torch.float32) if scaled else None,
         "block_table": block_table,

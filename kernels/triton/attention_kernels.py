@@ -99,7 +99,9 @@ def _narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _operand(x, DTYPE: tl.constexpr):
-    """x as a factor of products in DTYPE. The interpreter cannot multiply bfloat16: it has the same numbers as float32."""
+    """x as a factor of products in DTYPE; uint8 are float8_e4m3fn. The interpreter multiplies bfloat16 as the same numbers in float32."""
+    if x.dtype == tl.uint8:
+        x = x.to(tl.float8e4nv, bitcast=True)
     if _INTERPRETED and DTYPE == tl.bfloat16:
         factor = _wide(_narrow(_wide(x), DTYPE))
     elif x.dtype == DTYPE:
@@ -107,6 +109,17 @@ def _operand(x, DTYPE: tl.constexpr):
     else:
         factor = x.to(DTYPE)
     return factor
+
+
+@triton.jit
+def _stored(x):
+    """x as loaded. Bytes are asked for in a form that keeps the compiler from laying them out as operands of products before they are
+    widened: in shared memory that would be a transposition byte by byte, which asynchronous copies cannot do."""
+    if x.dtype.primitive_bitwidth == 8 and not _INTERPRETED:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=4)
+    else:
+        y = x
+    return y
 
 
 @triton.jit
@@ -185,7 +198,7 @@ def _path_nodes(path, depth):
 @triton.jit
 def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """(M, L, A) with a key tile more: ``k [D, TILE]`` and ``v [TILE, D]`` as stored, ``factor`` of the scores."""
-    score = tl.dot(q, _operand(k, DTYPE), input_precision=_PRECISION) * factor
+    score = tl.dot(q, _operand(_stored(k), DTYPE), input_precision=_PRECISION) * factor
     if MASKED:
         score = tl.where(seen, score, _NONE)
     top = tl.maximum(most, tl.max(score, axis=1))
@@ -203,7 +216,7 @@ def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.con
         hit = tl.max(tl.where(seen, bad[None, :], 0), axis=1)
         total = tl.where(hit[:, None] != 0, float("nan"), total)
         v = tl.where(bad[:, None] != 0, tl.zeros_like(v), v)
-    total = tl.dot(_operand(p, DTYPE), _operand(v, DTYPE), total * old, input_precision=_PRECISION)
+    total = tl.dot(_operand(p, DTYPE), _operand(_stored(v), DTYPE), total * old, input_precision=_PRECISION)
     return top, weight, total
 
 

@@ -30,7 +30,7 @@ _DTYPE = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int8: "i8",
-    torch.float8_e4m3fn: "fp8e4nv",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -113,9 +113,9 @@ def table(
                 if kernel.__name__ not in kernels:
                     continue
                 options = {name: arguments[name] for name in OPTIONS if name in arguments} | {"enable_fp_fusion": fusion}
-                fp8 = any(isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn for value in arguments.values())
+                fp8 = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in arguments.values())
                 for architecture in architectures:
-                    if fp8 and architecture < 89:  # has no such numbers
+                    if fp8 and architecture < 89:  # has no float8
                         continue
                     compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
                     rows.append(_usage(kernel, variant, architecture, arguments["num_warps"], compiled, Path(folder)))
