@@ -3,9 +3,14 @@ out."""
 
 from __future__ import annotations
 
-import torch
+import importlib.util
+from typing import Any
 
-OPS: tuple[str, ...] = ()
+import torch
+from torch import Tensor
+
+OPS: tuple[str, ...] = ("paged_attention",)
+_MANY_QUERIES = 16  # for each sequence, from which wide query tiles pay
 
 
 def unavailable(device_type: str) -> str | None:
@@ -13,3 +18,13 @@ def unavailable(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"these ops run on cuda, not on {device_type}"
     return None if torch.cuda.is_available() else "torch finds no CUDA GPU"
+
+
+if importlib.util.find_spec("triton") is not None:
+
+    def paged_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, *step: Tensor, **options: Any) -> Tensor:
+        """See ``api.paged_attention``. Wide query tiles where sequences have many queries, else Triton's op itself."""
+        from .triton import attention
+
+        many = len(q) >= _MANY_QUERIES * (len(step[-1]) or 1)
+        return attention.paged_attention(q, key_cache, value_cache, *step, wide=many and q.dtype != torch.float32, **options)

@@ -21,6 +21,7 @@ from .launch import Launch, check_device, launch, power_of_two, run
 SPLIT = _SPLIT.value
 LOG2_E = math.log2(math.e)
 ROWS = 16  # of a query tile: the least that an MMA has
+WIDE_ROWS = 64  # the least that an MMA of Hopper has, with all the bandwidth of its shared memory
 # Splits are programs of their own while one program for each query tile would leave much of the GPU idle, or long contexts beside short
 # ones would keep it waiting; their results may take this much memory.
 MANY_PROGRAMS = 1024
@@ -40,13 +41,14 @@ def paged_attention(
     window: int = 0,
     tree_start: Tensor | None = None,
     ancestors: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
-    """See ``api.paged_attention``."""
+    """See ``api.paged_attention``. ``wide``: query tiles of WIDE_ROWS rows, for ``fast``."""
     checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors)
     check_device(q.device, "q")
     out = torch.empty_like(q)
     step = (q, key_cache, value_cache, block_table, query_start, context_len)
-    run(launches(out, *step, scale, window, tree_start, ancestors), q.device)
+    run(launches(out, *step, scale, window, tree_start, ancestors, wide=wide), q.device)
     return out
 
 
@@ -64,19 +66,23 @@ def launches(
     ancestors: Tensor | None,
     *,
     split: bool | None = None,
+    wide: bool = False,
 ) -> Sequence[Launch]:
     """The kernels of a call, with their grids and arguments. ``split``: whether splits are programs of their own; None: by the shapes."""
     tokens, heads, head_dim = q.shape
     sequences, max_blocks = block_table.shape
     kv_heads, block_size = key_cache.shape[1], key_cache.shape[2] * checks.SUB_BLOCK
-    tile = query_tile(heads // kv_heads, ROWS)
+    rows = WIDE_ROWS if wide else ROWS
+    tile = _query_tile(heads // kv_heads, rows)
     tiles = tokens // tile["QUERIES"] + sequences
     grid = (tiles if tokens else 0, kv_heads * tile["HEAD_TILES"])
     splits = -(-max_blocks * block_size // SPLIT)
     if split is None:
-        split = splits > 1 and _as_splits(tokens, sequences, heads, head_dim, splits, grid[0] * grid[1])
+        split = not wide and splits > 1 and _as_splits(tokens, sequences, heads, head_dim, splits, grid[0] * grid[1])
     given = _arguments(q, key_cache, value_cache, block_table, query_start, context_len, scale, window, tree_start, ancestors)
-    shape = {**tile, **_key_tile(q, key_cache, head_dim), "ROWS": ROWS}
+    shape = {**tile, **_key_tile(q, key_cache, head_dim), "ROWS": rows}
+    if wide:
+        shape["SPLIT_TILES"] = 1 << 20  # one split: another order of sums
     if not split:
         return [launch(attention_walk, grid, given, shape, {"out": out})]
     kept = {
@@ -101,7 +107,7 @@ def _as_splits(tokens: int, sequences: int, heads: int, head_dim: int, splits: i
     return few and tokens * heads * splits * (head_dim + 2) * 4 <= MAX_SPLIT_BYTES
 
 
-def query_tile(group: int, rows: int) -> dict[str, int]:
+def _query_tile(group: int, rows: int) -> dict[str, int]:
     """How a tile of ``rows`` rows holds the queries and heads of a KV head: its heads, and how many such tiles a KV head has."""
     heads = min(group, rows)
     return {"TILE_HEADS": heads, "HEAD_TILES": -(-group // heads), "QUERIES": rows // heads}

@@ -24,6 +24,7 @@ class Variant(NamedTuple):
     window: bool = False
     trees: bool = False
     block_size: int = 16
+    wide: bool = False
 
 
 _F32, _BF16, _F16, _INT8, _FP8 = torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn
@@ -40,6 +41,10 @@ VARIANTS = (
     Variant("fp32, D = 128", _F32, _F32, (32, 8), 128, window=True, trees=True),
     Variant("fp32 over int8, D = 8", _F32, _INT8, (4, 4), 8),
     Variant("fp32, D = 256", _F32, _F32, (8, 4), 256),
+    Variant("wide bf16", _BF16, _BF16, (32, 8), 128),
+    Variant("wide bf16, all", _BF16, _BF16, (32, 8), 128, window=True, trees=True),
+    Variant("wide fp16 over int8", _F16, _INT8, (32, 8), 128),
+    Variant("wide bf16, D = 256", _BF16, _BF16, (8, 4), 256),
 )
 
 
@@ -64,5 +69,5 @@ def _launches(v: Variant) -> Iterator[Launch]:
     value_cache = torch.empty(value_shape, dtype=v.cache, device="meta")
     trees = (ints(sequences), ints(tokens, dtype=torch.int64)) if v.trees else (None, None)
     step = (q, key_cache, value_cache, ints(sequences, max_blocks), ints(sequences + 1), ints(sequences))
-    for split in (True, False):
-        yield from attention.launches(torch.empty_like(q), *step, 0.1, 100 if v.window else 0, *trees, split=split)
+    for split in (False,) if v.wide else (True, False):
+        yield from attention.launches(torch.empty_like(q), *step, 0.1, 100 if v.window else 0, *trees, split=split, wide=v.wide)
