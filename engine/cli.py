@@ -84,7 +84,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or its folder; default: the model's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the weights; default: as stored")
     parser.add_argument(
-        "--weights", choices=WEIGHTS, help="how matrices are kept: read in place, packed, or packed and quantised; default: packed"
+        "--weights", choices=WEIGHTS["cpu"], help="how matrices are kept: read in place, packed, or packed and quantised; default: packed"
     )
     parser.add_argument("--kernels", default="auto", choices=("auto", *kernels_module.BACKENDS), help="which backend computes")
 

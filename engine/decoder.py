@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels as kernels_module
+from . import parallel_runner
 from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
 from .decode.grammar import Grammars
+from .device import HostDevice
 from .drafters.speculator import Speculator, make_drafters
 from .explain import Explanation, explain
 from .kv_cache import KVCache, block_bytes, size_cache
 from .loop import StepLoop
 from .models.load import load
 from .outputs import RequestOutput, StreamEvent
+from .parallel import Parallel
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
 from .request import Submission
@@ -43,7 +48,7 @@ class Decoder:
             in the kernels' order, faster with several rows a step; "int8" or "int4": that copy quantised, per output channel or in groups
             of 32 inputs, with activations in int8. Default: "shared" for a live model, "packed" for a path.
         kv_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a quarter of the memory and reading of float32, for a small
-            error of the logits); default: bfloat16 for bfloat16 weights, else float32.
+            error of the logits), or on a GPU ``torch.float8_e4m3fn`` (likewise); default: bfloat16 for bfloat16 weights, else float32.
         kernels: a backend's name, or "auto" for the fastest present.
         max_batch_size: most sequences decoded in one step.
         max_batch_tokens: most query tokens in one step, prompts included.
@@ -58,6 +63,8 @@ class Decoder:
             drafter (``DraftModel``, ``PromptLookup``, ``SuffixLookup``), or a list of them, of which the first that has a guess is taken.
             How much is drafted for a request follows what pays; see ``speculative``, ``num_assistant_tokens`` and ``verification`` of
             ``SamplingParams``.
+        parallel: the processes that share the model, each with a part of it (tensor parallelism; ``docs/parallel.md``). Each makes a
+            ``Decoder`` of the same model and options; that of rank 0 is used like any other, the others call ``follow``.
 
     Not thread-safe: one thread at a time may use a decoder (any may ask for its ``stats``); ``AsyncDecoder`` is for more. Several
     ``stream`` iterators of one decoder may be interleaved; their requests share its steps.
@@ -81,6 +88,7 @@ class Decoder:
         block_size: int = 16,
         prefix_cache: bool | None = None,
         draft: Any = None,
+        parallel: Parallel | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens), ("block_size", block_size),
@@ -90,24 +98,40 @@ class Decoder:
             if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
-            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
+            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16, torch.int8 or torch.float8_e4m3fn")
         if prefix_cache is not None and not isinstance(prefix_cache, bool):
             raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
+        if not isinstance(parallel, (Parallel, type(None))):
+            raise TypeError(f"parallel is a {type(parallel).__name__}; it must be a Parallel or None")
+        if parallel is not None and parallel.taken:
+            raise ValueError(f"parallel is {parallel!r} of another Decoder; every Decoder needs a Parallel() of its own")
+        if parallel is not None:
+            parallel.taken = True
+        self.parallel = parallel
         self.ops = kernels_module.select("cpu", kernels)
-        loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights)
-        self.model = loaded.model
-        self.config = config = loaded.config
+        with nullcontext() if parallel is None else parallel.together():
+            loaded = load(
+                model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights,
+                parallel=parallel,
+            )  # fmt: skip
+            self.model = loaded.model
+            self.config = config = loaded.config
+            if kv_dtype is None:
+                kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
+            own = self.model.config
+            bytes_per_block = block_bytes(own.num_layers, own.num_kv_heads, own.head_dim, block_size, kv_dtype)
+            num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
+            if parallel is not None:
+                num_blocks = parallel_runner.agree(
+                    parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
+                    max_batch_tokens=max_batch_tokens,
+                )  # fmt: skip
+                weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name
         source = tokenizer if tokenizer is not None else loaded.tokenizer_path
         self.tokenizer = None if source is None else Tokenizer(source)
         self.grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
-        if kv_dtype is None:
-            kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
-        bytes_per_block = block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, block_size, kv_dtype)
-        num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
-        cache = KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
-        )
+        cache = KVCache(own.num_layers, own.num_kv_heads, own.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
         scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
             max_batch_size=max_batch_size,
@@ -116,9 +140,16 @@ class Decoder:
             prefix_cache=not isinstance(model, torch.nn.Module) if prefix_cache is None else prefix_cache,
         )
         speculator = None
-        if draft is not None:
+        if draft is not None and not self._follows:
             speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
-        self.loop = StepLoop(self.ops, scheduler, cache, Runner(self.model, cache, block_size), speculator)
+        runner = Runner(self.model, cache, block_size)
+        if parallel is not None:
+            kind = parallel_runner.FollowingRunner if self._follows else parallel_runner.LeadingRunner
+            runner = kind(
+                parallel, self.model, cache, block_size, HostDevice(), max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
+                max_blocks=scheduler.pool.blocks_for(config.max_position),
+            )  # fmt: skip
+        self.loop = StepLoop(self.ops, scheduler, cache, runner, speculator)
 
     @classmethod
     def bundled(cls, **options: Any) -> Decoder:
@@ -292,6 +323,28 @@ class Decoder:
         rows = [torch.tensor(output.token_ids) for output in outputs]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
+    @property
+    def _follows(self) -> bool:
+        return self.parallel is not None and self.parallel.rank > 0
+
+    def follow(self) -> None:
+        """On ranks above 0 of ``parallel``: compute this rank's part of every step that the decoder of rank 0 runs, until that is closed.
+
+        Raises ``RuntimeError`` where there is nobody to follow, and ``ConnectionError`` if another rank has failed or gone; after what goes
+        wrong here the others cannot go on either.
+        """
+        if self.parallel is None or not self._follows:
+            raise RuntimeError(f"follow() is for ranks above 0 of a Decoder(parallel=...); this is {self.parallel or 'not parallel'}")
+        runner = self.loop.runner
+        assert isinstance(runner, parallel_runner.FollowingRunner)
+        runner.follow()
+
+    def close(self) -> None:
+        """Of a ``parallel`` decoder: let the other ranks go; no further step can be run. Also happens when it is collected, and at the
+        interpreter's end. Any other decoder has nothing to close."""
+        if self.parallel is not None:
+            parallel_runner.leave(self.parallel)
+
     def explain(self, batch_size: int = 1, context: int | None = None, steps: int | None = None) -> Explanation:
         """Where the time of a step of decoding goes: runs some, of made-up prompts, and times their parts.
 
@@ -329,6 +382,8 @@ class Decoder:
 
         ``submitted_at``: when the call was made, by ``time.perf_counter``; None: now. Order, timeout and times count from then.
         """
+        if self._follows:
+            raise RuntimeError(f"{caller} is for rank 0 of the parallel decoder; this is {self.parallel!r}, which can only follow()")
         check_terms(priority, timeout, cache_salt)
         clock = self.loop.scheduler.clock
         if submitted_at is None:

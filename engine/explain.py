@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Ops, limits
-from .kernels.packed import INTEGER_FORMATS, PackedWeight
+from .kernels.packed import INTEGER_FORMATS
 from .models.transformer import Transformer
 from .plan import StepPlan
 
@@ -213,7 +213,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
     loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
-    model = Transformer(decoder.model.config, decoder.model.weights, ops)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops, decoder.model.parallel)
     execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:
@@ -248,7 +248,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
 class Setting:
     """What of a decoder advice may change."""
 
-    weights: str  # a format of kernels.packed, or "shared": rows where they lie
+    weights: str  # a format of kernels.packed or kernels.quantized, or "shared": rows where they lie
     kv_dtype: torch.dtype
     batch_size: int
     max_batch_size: int
@@ -302,7 +302,7 @@ def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_
         return f"{reads} for a single row: draft=... verifies several tokens in one read, or {setting.larger_batches}"
     if setting.weights == "int4":
         return f"{reads}, which are int4 already: {setting.larger_batches}"
-    smaller = "int4" if setting.weights == "int8" else "int8"
+    smaller = "int4" if setting.weights in ("int8", "fp8") else "int8"
     return f"{reads}: weights='{smaller}' makes them fewer bytes, for an error of the logits; {setting.larger_batches} costs none"
 
 
@@ -339,7 +339,7 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
         raise RuntimeError(f"no step had all {batch_size} sequences; steps is {steps}, and prompts or cache may take more than one")
     head = decoder.model.weights.head
     setting = Setting(
-        head.format if isinstance(head, PackedWeight) else "shared",
+        "shared" if isinstance(head, torch.Tensor) else head.format,
         loop.cache.dtype,
         batch_size,
         loop.scheduler.max_batch_size,

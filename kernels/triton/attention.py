@@ -137,12 +137,11 @@ def _arguments(
     """What the kernels take, but for tiles and results."""
     tokens, heads, head_dim = q.shape
     blocks, kv_heads, sub_blocks = key_cache.shape[:3]
-    scaled = key_cache.element_size() == 1
-    stored = torch.uint8 if key_cache.dtype == torch.float8_e4m3fn else key_cache.dtype  # loads of float8 cannot be masked
+    scaled = key_cache.dtype in checks.SCALED_DTYPES
     return {
         "q": q,
-        "key_cache": key_cache.view(stored),
-        "value_cache": value_cache.view(stored),
+        "key_cache": key_cache,
+        "value_cache": value_cache,
         "key_scales": key_cache.view(torch.float32) if scaled else None,
         "value_scales": value_cache.view(torch.float32) if scaled else None,
         "block_table": block_table,

@@ -36,7 +36,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+from triton import knobs
 
 SPLIT = tl.constexpr(512)  # positions
 _LANES = tl.constexpr(16)  # tokens of a sub-block
@@ -62,17 +62,7 @@ def _kernel(function: Any) -> Any:
 # ---- numbers ----
 
 
-@triton.jit
-def _wide(x):
-    """As float32, exactly; bfloat16 by its bits: the interpreter's own conversion loses subnormal values."""
-    if x.dtype == tl.bfloat16:
-        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        wide = x.to(tl.float32)
-    return wide
-
-
-_INTERPRETED = tl.constexpr(isinstance(_wide, InterpretedFunction))
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
@@ -86,34 +76,8 @@ def _is_not_finite(x):
 
 
 @triton.jit
-def _narrow(x, DTYPE: tl.constexpr):
-    """Rounded to nearest even. The interpreter would cut bfloat16 off, so it rounds by the bits."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-        narrow = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        narrow = x.to(DTYPE)
-    return narrow
-
-
-@triton.jit
-def _operand(x, DTYPE: tl.constexpr):
-    """x as a factor of products in DTYPE; uint8 are float8_e4m3fn. The interpreter multiplies bfloat16 as the same numbers in float32."""
-    if x.dtype == tl.uint8:
-        x = x.to(tl.float8e4nv, bitcast=True)
-    if _INTERPRETED and DTYPE == tl.bfloat16:
-        factor = _wide(_narrow(_wide(x), DTYPE))
-    elif x.dtype == DTYPE:
-        factor = x
-    else:
-        factor = x.to(DTYPE)
-    return factor
-
-
-@triton.jit
 def _stored(x):
-    """x as loaded. Bytes are asked for in a form that keeps the compiler from laying them out as operands of products before they are
+    """Keys or values as loaded. Bytes are asked for in a form that keeps the compiler from laying them out as operands of products before they are
     widened: in shared memory that would be a transposition byte by byte, which asynchronous copies cannot do."""
     if x.dtype.primitive_bitwidth == 8 and not _INTERPRETED:
         y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=4)
@@ -198,15 +162,15 @@ def _path_nodes(path, depth):
 @triton.jit
 def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
     """(M, L, A) with a key tile more: ``k [D, TILE]`` and ``v [TILE, D]`` as stored, ``factor`` of the scores."""
-    score = tl.dot(q, _operand(_stored(k), DTYPE), input_precision=_PRECISION) * factor
+    score = tl.dot(q, _stored(k).to(DTYPE), input_precision=_PRECISION) * factor
     if MASKED:
         score = tl.where(seen, score, _NONE)
     top = tl.maximum(most, tl.max(score, axis=1))
     base = tl.where(top == _NONE, 0.0, top)  # without keys that count: weights 0, not NaN
     old = tl.exp2(most - base)[:, None]
     p = tl.exp2(score - base[:, None])
-    ones = tl.full([p.shape[1], _ONES], 1.0, tl.float32)
-    weight = tl.dot(_operand(p, DTYPE), _operand(ones, DTYPE), weight * old, input_precision=_PRECISION)
+    ones = tl.full([p.shape[1], _ONES], 1.0, tl.float32).to(DTYPE)
+    weight = tl.dot(p.to(DTYPE), ones, weight * old, input_precision=_PRECISION)
     if value_scale is not None:
         p = p * value_scale[None, :]
         if MASKED:
@@ -215,8 +179,8 @@ def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.con
         bad = tl.max(_is_not_finite(v).to(tl.int32), axis=1)
         hit = tl.max(tl.where(seen, bad[None, :], 0), axis=1)
         total = tl.where(hit[:, None] != 0, float("nan"), total)
-        v = tl.where(bad[:, None] != 0, tl.zeros_like(v), v)
-    total = tl.dot(_operand(p, DTYPE), _operand(_stored(v), DTYPE), total * old, input_precision=_PRECISION)
+        v = tl.where(bad[:, None] != 0, 0.0, v)
+    total = tl.dot(p.to(DTYPE), _stored(v).to(DTYPE), total * old, input_precision=_PRECISION)
     return top, weight, total
 
 
@@ -236,7 +200,7 @@ def _result(there, weight, total, DTYPE: tl.constexpr):
     share = tl.div_rn(tl.full(weight.shape, 1.0, tl.float32), weight)
     bad = tl.max(_is_not_finite(total).to(tl.int32), axis=1)
     ratio = tl.where(bad[:, None] != 0, float("nan"), total * share[:, None])
-    return _narrow(tl.where(there[:, None], ratio, 0.0), DTYPE)
+    return tl.where(there[:, None], ratio, 0.0).to(DTYPE)
 
 
 # ---- keys and values ----
@@ -264,7 +228,7 @@ def _load_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.con
     if there is None:
         x = tl.load(pointers)
     else:
-        x = tl.load(pointers, mask=there, other=0)
+        x = tl.load(pointers, mask=there, other=0.0)
     return x
 
 
@@ -273,7 +237,7 @@ def _gather_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.c
     """``[D, TILE]`` of tokens that lie anywhere: loaded as ``[TILE, D]``, for which a thread needs the addresses of few tokens."""
     d = tl.arange(0, PADDED)
     pointers = key_cache + (chunk * CHUNK + lane)[:, None] + d[None, :] * _LANES
-    return tl.trans(tl.load(pointers, mask=needed[:, None] & (d[None, :] < DIM), other=0))
+    return tl.trans(tl.load(pointers, mask=needed[:, None] & (d[None, :] < DIM), other=0.0))
 
 
 @triton.jit
@@ -289,7 +253,7 @@ def _load_values(value_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl
     if there is None:
         x = tl.load(pointers)
     else:
-        x = tl.load(pointers, mask=there, other=0)
+        x = tl.load(pointers, mask=there, other=0.0)
     return x
 
 
@@ -473,7 +437,7 @@ def _key_tiles(there, low, high, tree, TILE: tl.constexpr):
 def _load_queries(q, index, there, DIM: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
     d = tl.arange(0, PADDED)
     x = tl.load(q + index[:, None] * DIM + d[None, :], mask=there[:, None] & (d[None, :] < DIM), other=0.0)
-    return _operand(x, DTYPE)
+    return x
 
 
 @_kernel

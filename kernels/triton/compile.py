@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
-Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. A module
+Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. (Products of
+float32 are made of fused multiply-adds, explicitly and so always alike; no test compiles them.) A module
 ``cases_*`` for each family of ops names the ways in which calls specialise its kernels.
 """
 
@@ -19,20 +20,24 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_attention, cases_decide
+from . import cases_attention, cases_decide, cases_forward, cases_head, cases_linear
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
-CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases, cases_attention.cases)
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (
+    cases_decide.cases, cases_forward.cases, cases_linear.cases, cases_head.cases, cases_attention.cases,
+)  # fmt: skip
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int8: "i8",
-    torch.uint8: "u8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -75,6 +80,11 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def _serves(architecture: int, arguments: dict[str, Any]) -> bool:
+    """Whether the architecture has the dtypes of a call."""
+    return architecture >= 89 or not any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments.values())
+
+
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_BIN / tool), *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -91,10 +101,12 @@ def _usage(kernel: Any, variant: str, architecture: int, warps: int, compiled: A
 
 def _fused(compiled: Any, code: str) -> int:
     """How many multiplications and additions are, or may be, one operation. In PTX each must be rounded by itself (`.rn` forbids fusing).
-    The code has FFMA only where it divides: five for each reciprocal, and those of the division's slow path behind the kernel."""
+    The code has FFMA only where it divides: five for each reciprocal, and those of the division's slow path behind the kernel; none for
+    the reciprocal of an approximate division."""
     loose = re.findall(r"\bfma\.|\b(?:mul|add|sub)\.(?:ftz\.)?f32", compiled.asm["ptx"])
     body = re.split(r"^\S*__cuda_\w*div\w*:", code, maxsplit=1, flags=re.MULTILINE)[0]
-    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - 5 * len(re.findall(r"\bMUFU\.RCP\b", body)))
+    divisions = len(re.findall(r"\bMUFU\.RCP\b", body)) - len(re.findall(r"\bdiv\.full\.", compiled.asm["ptx"]))
+    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - 5 * divisions)
 
 
 def table(
@@ -113,10 +125,7 @@ def table(
                 if kernel.__name__ not in kernels:
                     continue
                 options = {name: arguments[name] for name in OPTIONS if name in arguments} | {"enable_fp_fusion": fusion}
-                fp8 = any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in arguments.values())
-                for architecture in architectures:
-                    if fp8 and architecture < 89:  # has no float8
-                        continue
+                for architecture in (a for a in architectures if _serves(a, arguments)):
                     compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
                     rows.append(_usage(kernel, variant, architecture, arguments["num_warps"], compiled, Path(folder)))
     return rows

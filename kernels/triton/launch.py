@@ -35,6 +35,17 @@ WARPS = {
     "beam_gather": 8,
     "beam_finish": 8,
     "verify_walk": 1,
+    "embed_rows": 4,
+    "norm_rows": 4,
+    "silu_rows": 4,
+    "feed_rows": 4,
+    "rope_heads": 8,
+    "tokens_move": 4,
+    "blocks_copy": 4,
+    "linear_tiles": 4,
+    "linear_finish": 4,
+    "head_tiles": 4,
+    "head_merge": 4,
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")

@@ -18,15 +18,17 @@ DTYPE_IDS = ("fp32", "bf16", "int8")
 
 def empty_caches(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values that all are NaN."""
-    if dtype == torch.int8:  # -1 four times is a NaN of float32
+    if dtype in (torch.int8, torch.float8_e4m3fn):  # -1 four times is a NaN of float32, and by itself one of float8
         shape = (num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16)
-        return torch.full(shape, -1, dtype=dtype), torch.full(shape, -1, dtype=dtype)
+        key_cache, value_cache = (torch.full(shape, -1, dtype=torch.int8).view(dtype) for _ in range(2))
+        return key_cache, value_cache
     key_cache = torch.full((num_blocks, num_kv_heads, block_size // 16, head_dim, 16), NAN, dtype=dtype)
     return key_cache, torch.full((num_blocks, num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
 
 
 def int8_tokens(cache: Tensor, is_key: bool) -> tuple[Tensor, Tensor]:
-    """Views of an int8 cache: integers ``[num_blocks, sub-block, token in it, num_kv_heads, head_dim]`` and scales without the last."""
+    """Views of a cache with scales: bytes ``[num_blocks, sub-block, token in it, num_kv_heads, head_dim]``, and scales without the last."""
+    cache = cache.view(torch.int8)
     rows, head_dim = cache.flatten(-2), cache.shape[3] - 4
     integers = rows[..., : 16 * head_dim]
     integers = integers.unflatten(-1, (head_dim, 16)).mT if is_key else integers.unflatten(-1, (16, head_dim))

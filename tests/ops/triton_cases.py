@@ -40,15 +40,13 @@ Case = tuple[str, Tensor, dict[str, Any]]
 
 def patch_once() -> None:
     """The interpreter patches ``triton.language`` anew at every call of a device function, which is most of its time; once a launch is
-    enough. And it makes Python numbers of arrays of one element, as bounds of ranges, in a way that NumPy 2.4 refuses."""
+    enough."""
     patch = interpreter._patch_lang
 
     def patch_if_needed(fn: Any) -> Any:
         languages = [value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)]
         if any(tl.core.is_builtin(language.load) for language in languages):
-            scope = patch(fn)
-            tl.core.tensor.__index__ = lambda self: self.handle.data.item()
-            return scope
+            return patch(fn)
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_if_needed
