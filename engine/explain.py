@@ -324,6 +324,8 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
+    if decoder.model.device.type != "cpu":
+        raise RuntimeError("explain() times the kernels of a CPU; benchmarks/run.py --device cuda holds those of a GPU against its limits")
     if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
     assert context is not None and steps is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -246,9 +246,9 @@ class GraphRunner(Runner):
     def _shape(self, sizes: Sizes) -> _Shape:
         columns = _columns(sizes)
         views = {c.name: self._buffer[c.start : c.start + c.words].view(c.dtype) for c in columns}
-        fields = ("tokens", "positions", "slots", "query_start", "context_len")
-        table = views["block_table"].view(sizes.sequences, sizes.blocks)
-        batch = StepBatch(*(views[name] for name in fields), table, views["logit_rows"], views.get("tree_start"), views.get("ancestors"))
+        given = {f.name: views[f.name] for f in fields(StepBatch) if f.name in views}
+        given["block_table"] = views["block_table"].view(sizes.sequences, sizes.blocks)
+        batch = StepBatch(**given)
         return _Shape(columns, views, batch, columns[-1].start + columns[-1].words)
 
     def _write(self, shape: _Shape, sizes: Sizes, plan: StepPlan, numbers: Numbers, staging: Tensor) -> None:
