@@ -179,7 +179,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's about -inf and NaN
     triton_cases.patch_once()
     triton_interpreter.exact_conversions()
-    triton_interpreter.sixteen_bit_products()
+    triton_interpreter.exact_products()
     triton_interpreter.bounds_of_loops()
     torch.set_num_threads(1)
     print(json.dumps({name: GROUPS[name]() for name in sys.argv[1:] or GROUPS}))
