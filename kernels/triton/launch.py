@@ -16,6 +16,9 @@ from .sample_scan import sample_scan
 CHUNK = _CHUNK.value
 # Threads of each kernel / 32, tuned for registers: see `compile`.
 WARPS = {
+    "attention_walk": 8,
+    "attention_splits": 8,
+    "attention_merge": 1,
     "sample_adjust": 4,
     "sample_scan": 8,
     "sample_settle": 16,
