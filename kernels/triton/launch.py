@@ -44,6 +44,7 @@ WARPS = {
     "blocks_copy": 4,
     "linear_tiles": 4,
     "linear_finish": 4,
+    "quantized_rows": 4,
     "head_tiles": 4,
     "head_merge": 4,
 }
