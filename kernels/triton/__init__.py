@@ -14,7 +14,7 @@ import torch
 
 OPS = (
     "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "beam_select",
-    "verify_drafts",
+    "verify_drafts", "masses", "verify_block",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -30,6 +30,8 @@ _MODULES = {
     "beam_select": "beam",
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
+    "verify_block": "verify",
+    "masses": "row_masses",
     "linear": "linear_launch",
 }
 
