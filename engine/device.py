@@ -92,6 +92,40 @@ class CudaDevice:
         return _CudaGraph(graph, result)
 
 
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+class _Again:
+    """What is not captured, but done again."""
+
+    def __init__(self, run: Callable[[], Tensor | None]) -> None:
+        self._run = run
+        self.result: Tensor | None = None
+
+    def replay(self) -> None:
+        self.result = self._run()
+
+
+class HostDevice:
+    """A CPU in the form of a device: all is done when it is asked for."""
+
+    def memory(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    host_memory = memory
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def mark(self) -> Mark:
+        return _Done()
+
+    def capture(self, run: Callable[[], Tensor | None]) -> Graph:
+        return _Again(run)
+
+
 def upload(value: T, device: torch.device) -> T:
     """Tensors of the host, alone or in tuples, dicts and dataclasses, on ``device``; nobody waits. On a CPU they are what they were."""
     return value if device.type == "cpu" else _map(value, lambda t: t.pin_memory().to(device, non_blocking=True) if t.is_cpu else t)

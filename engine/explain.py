@@ -213,7 +213,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
     loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
-    model = Transformer(decoder.model.config, decoder.model.weights, ops)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops, decoder.model.parallel)
     execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:
@@ -324,6 +324,8 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
+    if decoder.model.device.type != "cpu":
+        raise RuntimeError("explain() times the kernels of a CPU; benchmarks/run.py --device cuda holds those of a GPU against its limits")
     if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
     assert context is not None and steps is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +78,12 @@ def _columns(s: Sizes) -> list[_Column]:
         columns.append(_Column(name, dtype, start, words))
         start += words
     return columns
+
+
+def num_words(sizes: Sizes) -> int:
+    """Of the numbers of a step."""
+    last = _columns(sizes)[-1]
+    return last.start + last.words
 
 
 @dataclass
@@ -148,8 +154,7 @@ class GraphRunner(Runner):
         self._split = max(1, _SPLIT // block_size)
         sequences, tokens = ladder(max_batch_size + 1), ladder(max_batch_tokens + 1)
         largest = Sizes(sequences, tokens, max(tokens, sequences), self._width(max_blocks), True, FILTERED)
-        last = _columns(largest)[-1]
-        words = last.start + last.words
+        words = num_words(largest)
         self._buffer = device.memory(words, torch.int32)
         self._staging = [device.host_memory(words, torch.int32) for _ in range(_RING)]
         self._outputs = _outputs(device.memory, largest.rows)
@@ -165,21 +170,12 @@ class GraphRunner(Runner):
         return started.draw is not None and not any(scheduled.draft for scheduled in started.plan.sequences)
 
     def start(self, plan: StepPlan) -> Started:
-        self.cache.copy_blocks(self.model.ops, plan.copies)
         sizes, numbers = self._sizes(plan)
         again = self._comes_again(plan)
-        shape = self._shapes.get(sizes) or self._shape(sizes)
-        if again:
-            self._shapes[sizes] = shape
-        turn = self._turn
-        self._turn = (turn + 1) % _RING
-        staging, results, read = self._staging[turn], self._results[turn], self._read[turn]
-        if read is not None:
-            read.wait()
+        shape = self._shape_of(sizes, again)
+        results, staging = self._results[self._turn], self._free_staging()
         self._write(shape, sizes, plan, numbers, staging)
-        self._device.copy(self._buffer[: shape.num_words], staging[: shape.num_words])
-        self._read[turn] = self._device.mark()
-        logits = self._run(shape, sizes, again)
+        logits = self._launch(sizes, again, plan.copies, staging[: shape.num_words])
         if sizes.draws not in (FUSED, FILTERED):
             self._places = {}
             return Started(plan, None if logits is None else logits[: len(plan.rows)])
@@ -192,6 +188,22 @@ class GraphRunner(Runner):
     def run(self, plan: StepPlan) -> Tensor | None:
         """Logits alone, of a step that no token need be fed to."""
         return self.start(plan).logits
+
+    def _free_staging(self) -> Tensor:
+        """Memory for the numbers of the next step to be launched, once the device has read what was there."""
+        read = self._read[self._turn]
+        if read is not None:
+            read.wait()
+        return self._staging[self._turn]
+
+    def _launch(self, sizes: Sizes, again: bool, copies: list[tuple[int, int]], words: Tensor) -> Tensor | None:
+        """The device's work of a step, from its numbers on the host to its rows of logits, if it has any."""
+        self.cache.copy_blocks(self.model.ops, copies)
+        shape = self._shape_of(sizes, again)
+        self._device.copy(self._buffer[: shape.num_words], words)
+        self._read[self._turn] = self._device.mark()
+        self._turn = (self._turn + 1) % _RING
+        return self._run(shape, sizes, again)
 
     def _run(self, shape: _Shape, sizes: Sizes, again: bool) -> Tensor | None:
         """The kernels of a step. A graph is captured when sizes come for the second time: by then all its kernels are compiled."""
@@ -225,12 +237,18 @@ class GraphRunner(Runner):
             sequences = ladder(sequences if tokens == len(numbers.tokens) else sequences + 1)
         return Sizes(sequences, tokens, rows, self._width(numbers.width), numbers.trees, _draws(plan)), numbers
 
+    def _shape_of(self, sizes: Sizes, again: bool) -> _Shape:
+        shape = self._shapes.get(sizes) or self._shape(sizes)
+        if again:
+            self._shapes[sizes] = shape
+        return shape
+
     def _shape(self, sizes: Sizes) -> _Shape:
         columns = _columns(sizes)
         views = {c.name: self._buffer[c.start : c.start + c.words].view(c.dtype) for c in columns}
-        fields = ("tokens", "positions", "slots", "query_start", "context_len")
-        table = views["block_table"].view(sizes.sequences, sizes.blocks)
-        batch = StepBatch(*(views[name] for name in fields), table, views["logit_rows"], views.get("tree_start"), views.get("ancestors"))
+        given = {f.name: views[f.name] for f in fields(StepBatch) if f.name in views}
+        given["block_table"] = views["block_table"].view(sizes.sequences, sizes.blocks)
+        batch = StepBatch(**given)
         return _Shape(columns, views, batch, columns[-1].start + columns[-1].words)
 
     def _write(self, shape: _Shape, sizes: Sizes, plan: StepPlan, numbers: Numbers, staging: Tensor) -> None:
@@ -299,7 +317,7 @@ def _compute(
         if draws == LOGITS:
             return logits
         law = (views[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position", "stream"))
-        result = model.ops.sample(logits, *law, logprobs=0)
+        result = model.sampled(logits, *law)
     assert result.logprobs is not None and result.processed_logprobs is not None
     found = (result.tokens, result.logprobs, result.processed_logprobs, result.status)
     for target, source in zip(outputs.tensors, found, strict=True):

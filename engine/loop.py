@@ -286,7 +286,7 @@ class StepLoop:
             if moved:
                 table, size = request.block_table, self.pool.block_size
                 sources, targets = ([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
-                self.cache.move_tokens(self.ops, sources, targets)
+                self.runner.move_tokens(sources, targets)
             self.scheduler.accept(request, verdict.num_accepted)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:

@@ -1,4 +1,5 @@
-"""Argument checks of ``sample``, ``sample_head``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the argument.
+"""Argument checks of ``sample``, ``sample_head``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the
+argument.
 
 The functions named like an op look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
 ``beam_values`` read what is in the tensors; on a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER.
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import checks
 from .api import EndTokens, LogitBias, Penalties
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 1 << 22  # sums of so many weights of 2^40 stay below 2^62
@@ -149,7 +151,13 @@ def sample(
 
 
 def sample_head(
-    x: Tensor, head: Tensor | PackedWeight, temperature: Tensor, seed: Tensor, position: Tensor, stream: Tensor, first_token: int
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    first_token: int,
 ) -> None:
     """Check everything that can be seen from outside the tensors."""
     checks.linear(x, (head,), None, None, None)

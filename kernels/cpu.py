@@ -389,7 +389,7 @@ def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndT
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

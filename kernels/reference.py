@@ -81,7 +81,7 @@ def _product(x: Tensor, weight: Tensor | PackedWeight | QuantizedWeight) -> Tens
 
 def sample_head(
     x: Tensor,
-    head: Tensor | PackedWeight,
+    head: Tensor | PackedWeight | QuantizedWeight,
     temperature: Tensor,
     seed: Tensor,
     position: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.registry import Ops, select
+from ..kernels.registry import Ops, backends, select
+from ..parallel import Parallel
 from . import origin
 from .checkpoint import PICKLED, open_tensors, read_json, weight_files
 from .config import ModelConfig
 from .families import FAMILIES, find_family
 from .readers import read_token_id, read_token_ids, weight_dtype
+from .shard import Shard
 from .transformer import Transformer
 from .weights import WEIGHTS, Assembler, Names, clean_name
 
@@ -29,7 +31,7 @@ class LoadedModel:
     """A model ready to decode, and where its tokenizer lies."""
 
     model: Transformer
-    config: ModelConfig
+    config: ModelConfig  # of the whole model, also where ``model`` is a rank's part of it
     tokenizer_path: Path | None  # a folder with a tokenizer.json
     name: str
 
@@ -37,12 +39,13 @@ class LoadedModel:
 def load(
     source: Any,
     *,
-    ops: Ops | None = None,
+    ops: Ops | Callable[[str], Ops] | None = None,
     dtype: torch.dtype | str | None = None,
     max_position: int | None = None,
     origin_config: Any = None,
     weights: str | None = None,
     device: torch.device | str | None = None,
+    parallel: Parallel | None = None,
 ) -> LoadedModel:
     """Make a Transformer of a model.
 
@@ -55,7 +58,7 @@ def load(
             * the id of a model on the Hugging Face hub.
 
             A mapped file must not be overwritten while it is in use (replacing it by a rename is safe).
-        ops: the kernels; default: the fastest for the device.
+        ops: the kernels, or what gives them for a type of device; default: the fastest for the device.
         dtype: convert the weights, tensor by tensor, to float32, bfloat16 or float16; default: as stored.
         max_position: shorten the RoPE tables, and so the longest sequence; default: the model's own.
         origin_config: for a bare origin checkpoint, what its shapes do not tell (``n_heads``, ``max_seq_len``, ``norm_eps``), as a
@@ -71,8 +74,9 @@ def load(
             Default: "shared" for a live model, on a GPU, and where the C++ kernels cannot run; else "packed". A mapped file is read once
             for a copy and its memory given back; a live model's own tensors stay alive beside the copy for as long as their owner keeps
             them.
-        device: "cpu" or "cuda" (with a number or without), where a model given by path or id goes, tensor by tensor; default: the CPU, and
-            a live model's own device, which is the only one that it may name.
+        device: "cpu" or "cuda" (with a number or without), where a model given by path or id goes, tensor by tensor; default: a GPU if
+            there is one that Triton's kernels run on, else the CPU. A live model's own device is the only one that it may name.
+        parallel: the ranks that share the model; each loads its part (``shard.Shard``) of a source that all have.
 
     Raises:
         ValueError: a model, config, dtype or checkpoint that is not supported or contradicts itself, by name.
@@ -81,7 +85,7 @@ def load(
     """
     target = None if dtype is None else weight_dtype("dtype", dtype)
     wanted = None if device is None else _device(device)
-    place = wanted or torch.device("cpu")
+    place = wanted or _device("cpu" if backends("cuda")["triton"] is not None else "cuda")
     tokenizer_path: Path | None = None
     if isinstance(source, nn.Module):
         config, names, tensors, name = _live(source)
@@ -107,13 +111,20 @@ def load(
         if not 1 <= max_position <= config.max_position:
             raise ValueError(f"max_position is {max_position}; it must lie between 1 and the model's {config.max_position}")
         config = replace(config, max_position=max_position)
-    ops = ops or select(place.type)
+    if not isinstance(ops, Ops):
+        ops = (ops or select)(place.type)
     if weights is None:
         weights = "shared" if isinstance(source, nn.Module) or ops.chosen["linear"] != "cpu" else "packed"
-    built = Assembler(config, names, tensors, name, target, place, weights).build()
+    shard = None if parallel is None else Shard(parallel.rank, parallel.size)
+    if shard is not None:
+        shard.config(config)  # may refuse, before anything is read
+        if isinstance(source, nn.Module) and weights == "shared":
+            logger.warning("%s: some matrices of this rank's part are copies, so later changes to the model are not seen in all", name)
+    built = Assembler(config, names, tensors, name, target, place, weights, shard).build()
     stored = tensors[f"{names.embedding}.weight"].dtype
     config = replace(config, tied_head=built.head is built.embedding, dtype=target or stored)
-    return LoadedModel(Transformer(config, built, ops), config, tokenizer_path, name)
+    own = config if shard is None else shard.config(config)
+    return LoadedModel(Transformer(own, built, ops, parallel), config, tokenizer_path, name)
 
 
 def _device(device: torch.device | str) -> torch.device:

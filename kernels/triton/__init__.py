@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 OPS = (
-    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "beam_select",
-    "verify_drafts", "masses", "verify_block",
+    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "sample_head",
+    "beam_select", "verify_drafts", "masses", "verify_block",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -33,6 +33,7 @@ _MODULES = {
     "verify_block": "verify",
     "masses": "row_masses",
     "linear": "linear_launch",
+    "sample_head": "head",
 }
 
 

@@ -28,7 +28,7 @@ class Variant(NamedTuple):
 
 _BF16 = torch.bfloat16
 VARIANTS = (
-    Variant("linear: bf16, one segment", _BF16, 64, 4096, (14336, 14336)),
+    Variant("linear: bf16, all of K", _BF16, 64, 4096, (14336, 14336)),
     Variant("linear: bf16, split", _BF16, 1, 4096, (4096, 1024, 1024), bias=True),
     Variant("linear: bf16, walked", _BF16, 2048, 14336, (4096,), residual=True),
     Variant("linear: bf16, narrow", _BF16, 1, 1024, (1024,), residual=True),

@@ -48,6 +48,8 @@ WARPS = {
     "blocks_copy": 4,
     "linear_tiles": 4,
     "linear_finish": 4,
+    "head_tiles": 4,
+    "head_merge": 4,
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")

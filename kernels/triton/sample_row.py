@@ -54,6 +54,8 @@ _ANY_VALUE = (
     "room",
     "num_drawn",
     "entries",
+    "first_token",
+    "tiles",
 )
 _ANY_ALIGNMENT = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "stream",

@@ -1,7 +1,8 @@
-"""A device that does its work late, for the runner of GPUs: what the host must not rely on before it has waited is not there yet."""
+"""A device whose work is done at times that the host does not know, for the runner of GPUs: as late as it may be, or at once."""
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +18,12 @@ from engine.graph_runner import GraphRunner
 class FakeDevice:
     """See ``engine.device.StepDevice``. Kernels run at once, in the order of the device's work. Memory that is given out holds garbage.
 
-    What the device copies to the host arrives when a later mark is waited for. Host memory that it copies from must not have changed by
-    then: a GPU may read it as late as that.
+    What the device copies to the host arrives when a later mark is waited for, or at once, as ``rng`` will have it. Host memory that it
+    copies from must not have changed by then: a GPU may read it as late as that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
         self.host: set[int] = set()  # where memory of the host begins
         self.queue: deque[Callable[[], None]] = deque()  # what is seen to be done when it is waited for
         self.done = 0  # of all that ever were in the queue
@@ -40,6 +42,8 @@ class FakeDevice:
     def _later(self, work: Callable[[], None]) -> None:
         self.queue.append(work)
         self.asked += 1
+        if self.rng.random() < 0.3:
+            _FakeMark(self, self.asked).wait()
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         to_host, from_host = (t.untyped_storage().data_ptr() in self.host for t in (target, source))
@@ -90,10 +94,10 @@ class _FakeGraph:
             self.result.copy_(result)
 
 
-def on_fake_device(decoder: Decoder) -> FakeDevice:
+def on_fake_device(decoder: Decoder, seed: int = 0) -> FakeDevice:
     """Let a decoder run its steps as on a GPU, over the kernels that it has."""
     loop = decoder.loop
-    device = FakeDevice()
+    device = FakeDevice(random.Random(seed))
     scheduler = loop.scheduler
     runner: Any = GraphRunner(
         decoder.model,

@@ -169,7 +169,7 @@ class MachineOnDevice(Machine):
     forward = "hidden"
 
     def settle_on_device(self) -> None:
-        self.device = on_fake_device(self.decoder)
+        self.device = on_fake_device(self.decoder, self.rng.randrange(1 << 30))
         # Steps run ahead of their tokens where all rows are such as the device draws for, and nobody drafts.
         if self.decoder.loop.speculator is None:
             self.params = self.rng.choice([(0, 1, 3, 6, 7), self.params])

@@ -15,6 +15,7 @@ VARIANTS = (
     "forward fp8 cache",
     "linear: bf16, split",
     "linear: int4, walked",
+    "head: bf16",
 )  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 

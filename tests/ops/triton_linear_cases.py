@@ -153,6 +153,25 @@ def strides_and_neighbours() -> dict[str, Any]:
     return {"rows": 69 * 4, "wrong": wrong}
 
 
+def bounds() -> dict[str, Any]:
+    """Nothing is read or written outside of the tensors of a call, also where x, quantised weights and matrices end within a tile."""
+    wrong, rows = [], 0
+    usual = linear_launch.is_split
+    for dtype, format in ((F32, "float"), (BF16, "float"), (BF16, "int8"), (F16, "int4")):
+        for m, counts, k in ((1, (5,), 33), (65, (3, 70, 1), 130), (3, (64,), 600)):
+            x, weights = torch.randn(m, k).to(dtype), [matrix(n, k, dtype, format) for n in counts]
+            biases, residual = [torch.randn(n) for n in counts], torch.randn(m, sum(counts))
+            for walked in (False, True)[: 1 if k < 512 else 2]:
+                linear_launch.is_split = (lambda programs: False) if walked else usual
+                out = torch.full_like(residual, math.nan)
+                found = triton_interpreter.accesses_outside(linear_launch.launches(x, weights, biases, residual, out))
+                wrong += [f"{dtype} {format} {m} x {counts} x {k}: {each}" for each in found]
+                wrong += compare(f"{dtype} {format} {m} x {counts} x {k}", out, x, weights, biases, residual)
+                rows += m
+    linear_launch.is_split = usual
+    return {"rows": rows, "wrong": wrong}
+
+
 def hostile() -> dict[str, Any]:
     """Values that are no numbers stay in their row and column."""
     wrong = []
@@ -200,6 +219,7 @@ GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "empty": empty,
     "batches": batches,
     "strides_and_neighbours": strides_and_neighbours,
+    "bounds": bounds,
     "hostile": hostile,
     "every_code": every_code,
 }
