@@ -77,8 +77,8 @@ def _is_not_finite(x):
 
 @triton.jit
 def _stored(x):
-    """Keys or values as loaded. Bytes are asked for in a form that keeps the compiler from laying them out as operands of products before they are
-    widened: in shared memory that would be a transposition byte by byte, which asynchronous copies cannot do."""
+    """Keys or values as loaded. Bytes are asked for in a form that keeps the compiler from laying them out as operands of products before
+    they are widened: in shared memory that would be a transposition byte by byte, which asynchronous copies cannot do."""
     if x.dtype.primitive_bitwidth == 8 and not _INTERPRETED:
         y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=4)
     else:
@@ -148,8 +148,7 @@ def _path_nodes(path, depth):
     node = depth * 0
     for i in tl.static_range(6):
         half = 32 >> i
-        bits = (path >> node.to(tl.int64)) & ((1 << half) - 1)
-        below = _count_bits(bits)
+        below = _count_bits((path >> node.to(tl.int64)) << (64 - half))  # of the next `half` bits
         beyond = depth >= below
         node = tl.where(beyond, node + half, node)
         depth = tl.where(beyond, depth - below, depth)
@@ -271,7 +270,7 @@ def _load_scales(scales, chunk, lane, needed, DIM: tl.constexpr, CHUNK: tl.const
 @triton.jit
 def _edge_tiles(
     first_tile, last_tile, most, weight, total, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-    query, there, low, high, tree, path, count,
+    query, there, low, high, tree, context, path, count,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -294,6 +293,7 @@ def _edge_tiles(
                 token = position
                 if in_tree:
                     token = tl.where(position >= tree, tree + _path_nodes(tl.load(path + i), position - tree), position)
+                    token = tl.minimum(tl.maximum(token, 0), context - 1)
                 most, weight, total = _masked_tile(
                     position, token // _LANES, token % _LANES, True, most, weight, total, q, key_cache, value_cache, key_scales,
                     value_scales, table, blocks, kv_head, factor, there & ((in_tree == 0) | (query == i)), low, high,
@@ -356,7 +356,7 @@ def _whole_tiles(
 @triton.jit
 def _split(
     split, q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-    query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+    query, there, low, high, tree, context, path, count, begin, end, whole_begin, whole_end,
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -372,8 +372,8 @@ def _split(
         for rounds in tl.range(0, 2, num_stages=1):
             most, weight, total = _edge_tiles(
                 tl.where(rounds == 0, first, whole_last), tl.where(rounds == 0, whole_first, last), most, weight, total,
-                q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree, path,
-                count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+                q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree,
+                context, path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
             )  # fmt: skip
             most, weight, total = _whole_tiles(
                 tl.where(rounds == 0, whole_first, whole_last), whole_last, most, weight, total,
@@ -388,8 +388,8 @@ def _split(
         )  # fmt: skip
         most, weight, total = _edge_tiles(
             whole_last, last, most, weight, total,
-            q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree, path, count,
-            KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
+            q, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor, query, there, low, high, tree, context,
+            path, count, KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, DTYPE,
         )  # fmt: skip
     return most, tl.max(weight, axis=1), total  # all columns of L are the same
 
@@ -408,7 +408,7 @@ def _tile(
     s = _find_sequence(place, query_start, sequences, QUERIES, 1)
     first, queries, context, tree = _sequence(s, query_start, context_len, tree_start, tokens, max_blocks, BLOCK_SIZE)
     before = (place - tl.load(query_start + s) // QUERIES - s) * QUERIES  # queries of the sequence in earlier tiles
-    count = tl.minimum(queries - before, QUERIES)
+    count = tl.where((before >= 0) & (before < queries), tl.minimum(queries - before, QUERIES), 0)
     row = tl.arange(0, ROWS)
     query = row // TILE_HEADS
     head_in_group = head_tile % HEAD_TILES * TILE_HEADS + row % TILE_HEADS
@@ -419,7 +419,7 @@ def _tile(
     low, high = _seen(before + query, there, first, queries, context, tree, ancestors, window, WINDOWED)
     # Rows of q and of the result, 64 bits: T x heads x D may pass 2^31.
     index = (first + before + query).to(tl.int64) * HEADS + kv_head * group + head_in_group
-    return s, first, before, count, tree, query, there, low, high, index, kv_head
+    return s, first, before, count, tree, context, query, there, low, high, index, kv_head
 
 
 @triton.jit
@@ -450,7 +450,7 @@ def attention_walk(
 ):  # fmt: skip
     """One query tile over all of its splits. The last tiles, which see the most, come first."""
     dtype: tl.constexpr = q.dtype.element_ty
-    s, first, before, count, tree, query, there, low, high, index, kv_head = _tile(
+    s, first, before, count, tree, context, query, there, low, high, index, kv_head = _tile(
         tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), query_start, context_len, tree_start, ancestors, tokens, sequences,
         max_blocks, window, HEADS, KV_HEADS, TILE_HEADS, HEAD_TILES, QUERIES, ROWS, TILE, BLOCK_SIZE, WINDOWED,
     )  # fmt: skip
@@ -467,7 +467,7 @@ def attention_walk(
         for split in tl.range(begin // SPLIT_TILES, (end + SPLIT_TILES - 1) // SPLIT_TILES, num_stages=1):
             split_most, split_weight, split_total = _split(
                 split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-                query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+                query, there, low, high, tree, context, path, count, begin, end, whole_begin, whole_end,
                 KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
             )  # fmt: skip
             most, weight, total = _fold(most, weight, total, split_most, split_weight, split_total)
@@ -487,7 +487,7 @@ def attention_splits(
     """One query tile over one split: its (M, L, A) for ``attention_merge``."""
     dtype: tl.constexpr = q.dtype.element_ty
     split = tl.program_id(2)
-    s, first, before, count, tree, query, there, low, high, index, kv_head = _tile(
+    s, first, before, count, tree, context, query, there, low, high, index, kv_head = _tile(
         tl.program_id(0), tl.program_id(1), query_start, context_len, tree_start, ancestors, tokens, sequences, max_blocks, window,
         HEADS, KV_HEADS, TILE_HEADS, HEAD_TILES, QUERIES, ROWS, TILE, BLOCK_SIZE, WINDOWED,
     )  # fmt: skip
@@ -500,7 +500,7 @@ def attention_splits(
             path = ancestors + first + before
         most, weight, total = _split(
             split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
-            query, there, low, high, tree, path, count, begin, end, whole_begin, whole_end,
+            query, there, low, high, tree, context, path, count, begin, end, whole_begin, whole_end,
             KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
         )  # fmt: skip
         place = index * splits + split
