@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ from .parallel import Parallel
 from .parallel_runner import FollowingRunner, LeadingRunner
 from .runner import Runner
 from .scheduler import Scheduler
-
-logger = logging.getLogger("engine")
 
 
 def choose_runner(model: Transformer, cache: KVCache, scheduler: Scheduler, max_position: int, parallel: Parallel | None) -> Runner:
@@ -35,8 +32,7 @@ def choose_runner(model: Transformer, cache: KVCache, scheduler: Scheduler, max_
     if model.device.type == "cpu":
         return Runner(model, cache, block_size)
     if not model.ops.capturable:
-        logger.warning("steps on %s are not captured as CUDA graphs: some of their kernels are the oracle's", model.device)
-        return Runner(model, cache, block_size)
+        return Runner(model, cache, block_size)  # `select` has said which kernels are the oracle's, and why
     return GraphRunner(model, cache, block_size, device, **sizes)
 
 

@@ -8,6 +8,7 @@ hands it such a view as it is, without a copy. The engine keeps no joined copy o
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from . import checks, reference, triton
 from .packed import PackedWeight
 from .quantized import QuantizedWeight
 
-OPS = ("linear",)
+OPS = ("linear", "paged_attention")
+_MANY_QUERIES = 16  # for each sequence, from which wide query tiles pay
 
 
 def unavailable(device_type: str) -> str | None:
@@ -70,3 +72,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     else:
         torch.add(residual, bias, out=out)
     torch.addmm(out, x, weight.t(), out=out, **dtype)  # the same object twice, so that torch adds in place
+
+
+if importlib.util.find_spec("triton") is not None:
+
+    def paged_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, *step: Tensor, **options: Any) -> Tensor:
+        """See ``api.paged_attention``. Wide query tiles where sequences have many queries, else Triton's op itself."""
+        from .triton import attention
+
+        many = len(q) >= _MANY_QUERIES * (len(step[-1]) or 1)
+        return attention.paged_attention(q, key_cache, value_cache, *step, wide=many and q.dtype != torch.float32, **options)

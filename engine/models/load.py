@@ -85,7 +85,6 @@ def load(
     """
     target = None if dtype is None else weight_dtype("dtype", dtype)
     wanted = None if device is None else _device(device)
-    place = wanted or _device("cpu" if backends("cuda")["triton"] is not None else "cuda")
     tokenizer_path: Path | None = None
     if isinstance(source, nn.Module):
         config, names, tensors, name = _live(source)
@@ -94,6 +93,7 @@ def load(
         if target is not None and any(tensor.dtype != target for tensor in tensors.values()):
             logger.warning("%s: converted to %s, so its weights are a copy; later changes to the model are not seen", name, target)
     elif isinstance(source, (str, os.PathLike)):
+        place = wanted or _device("cpu" if backends("cuda")["triton"] is not None else "cuda")
         path = Path(source).expanduser()
         name = path.resolve().name if path.is_dir() else path.stem
         if not path.exists():

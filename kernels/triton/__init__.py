@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 OPS = (
-    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "move_tokens", "copy_blocks", "feed_tokens", "sample", "sample_head",
-    "beam_select", "verify_drafts", "masses", "verify_block",
+    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "paged_attention", "move_tokens", "copy_blocks", "feed_tokens", "sample",
+    "sample_head", "beam_select", "verify_drafts", "masses", "verify_block",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -23,6 +23,7 @@ _MODULES = {
     "silu_mul": "elementwise",
     "feed_tokens": "elementwise",
     "rope_append": "rope",
+    "paged_attention": "attention",
     "move_tokens": "cache",
     "copy_blocks": "cache",
     "sample": "sampler",

@@ -20,13 +20,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_decide, cases_forward, cases_head, cases_linear
+from . import cases_attention, cases_decide, cases_forward, cases_head, cases_linear
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
 CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (
-    cases_decide.cases, cases_forward.cases, cases_linear.cases, cases_head.cases,
+    cases_decide.cases, cases_forward.cases, cases_linear.cases, cases_head.cases, cases_attention.cases,
 )  # fmt: skip
 _DTYPE = {
     torch.float32: "fp32",

@@ -18,7 +18,8 @@ from ..packed import PackedWeight
 from ..quantized import QuantizedWeight
 from .elementwise_rows import embed_rows, feed_rows, norm_rows, silu_rows
 from .launch import Launch, check_device, launch, power_of_two, run
-from .linear_launch import elements, format_of
+from .linear_kernels import quantized_rows
+from .linear_launch import elements, row_stride, scales
 
 MAX_WIDTH = 32768  # of `rms_norm`, whose program holds a row in registers
 _BLOCK = 1024  # elements of a program of `embed` and `silu_mul`
@@ -28,7 +29,7 @@ _FEED_BLOCK = 256
 def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     """See ``api.embed``."""
     if isinstance(table, PackedWeight):
-        raise TypeError("table is packed in the order of the C++ kernels; on a GPU it must be a tensor or a QuantizedWeight")
+        raise TypeError("table is packed in the order of the C++ kernels; on a GPU it must be a tensor or of kernels.quantize(...)")
     checks.embed(tokens, table)
     check_device(tokens.device, "tokens")
     out = torch.empty((len(tokens), table.shape[1]), dtype=torch.float32, device=tokens.device)
@@ -38,11 +39,12 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Ten
 
 def embed_launches(out: Tensor, tokens: Tensor, table: Tensor | QuantizedWeight) -> Sequence[Launch]:
     vocab, width = table.shape
-    given = {
-        "ids": tokens, "table": elements(table), "scale": table.scale if isinstance(table, QuantizedWeight) else None, "out": out, "vocab": vocab, "width": width,
-        "stride": table.data.stride(0), "FORMAT": format_of(table), "BLOCK": _BLOCK,
-    }  # fmt: skip
-    return [launch(embed_rows, (len(tokens), triton.cdiv(width, _BLOCK)), given)]
+    given = {"ids": tokens, "table": elements(table), "out": out, "vocab": vocab, "width": width, "BLOCK": _BLOCK}
+    grid = (len(tokens), triton.cdiv(width, _BLOCK))
+    if isinstance(table, Tensor):
+        return [launch(embed_rows, grid, given)]
+    quantised = {"scale": scales(table), "stride": row_stride(table), "FORMAT": table.format}
+    return [launch(quantized_rows, grid, given, quantised)]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,35 +11,17 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from ..quantized import BLOCK
-from .linear_kernels import FLOAT_BITS, GROUP
 from .sample_row import kernel
-
-_INT4_BLOCK = tl.constexpr(BLOCK)
 
 
 @kernel
-def embed_rows(ids, table, scale, out, vocab, width, stride, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid: tokens, blocks of the width. FORMAT: "float", or of quantised tables (``quantized.py``) "int8", "fp8" (its bytes) or "int4"."""
+def embed_rows(ids, table, out, vocab, width, BLOCK: tl.constexpr):
+    """Grid: tokens, blocks of the width."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids + row).to(tl.int64)
     known = (token >= 0) & (token < vocab)
-    there = known & (column < width)
-    if FORMAT == "int4":
-        group = (column // _INT4_BLOCK).to(tl.int64) * vocab + token
-        half = column % _INT4_BLOCK // GROUP
-        both = tl.load(table + group * GROUP + column % GROUP, mask=there, other=0).to(tl.int32)
-        of_group = tl.load(scale + group * 2 + half, mask=there, other=0.0).to(tl.float32)
-        x = (((both >> (half * 4)) & 15) - 8).to(tl.float32) * of_group
-    else:
-        elements = tl.load(table + token * stride + column, mask=there, other=0)
-        if FORMAT == "fp8":  # see `linear_kernels`
-            x = ((elements.to(tl.int32) << 20) & FLOAT_BITS).to(tl.float32, bitcast=True) * 2.0**120
-        else:
-            x = elements.to(tl.float32)
-        if FORMAT != "float":
-            x = x * tl.load(scale + token, mask=known, other=0.0)
+    x = tl.load(table + token * width + column, mask=known & (column < width), other=0.0).to(tl.float32)
     tl.store(out + row * width + column, tl.where(known, x, float("nan")), mask=column < width)
 
 

@@ -16,6 +16,9 @@ from .sample_scan import sample_scan
 CHUNK = _CHUNK.value
 # Threads of each kernel / 32, tuned for registers: see `compile`.
 WARPS = {
+    "attention_walk": 8,
+    "attention_splits": 8,
+    "attention_merge": 1,
     "sample_adjust": 4,
     "sample_scan": 8,
     "sample_settle": 16,
@@ -40,6 +43,7 @@ WARPS = {
     "chain_draw": 4,
     "chain_tokens": 1,
     "embed_rows": 4,
+    "quantized_rows": 4,
     "norm_rows": 4,
     "silu_rows": 4,
     "feed_rows": 4,

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-_TORCH = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+_TORCH = {tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
 
 
 def exact_conversions() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.kernels import QuantizedWeight, quantize, quantized, reference
 from engine.kernels import triton as backend
-from engine.kernels.triton import linear_launch
+from engine.kernels.triton import elementwise, linear_launch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ("float", *quantized.FORMATS)
@@ -213,6 +213,21 @@ def every_code() -> dict[str, Any]:
     return {"rows": 64 * 9, "wrong": wrong}
 
 
+def embeddings() -> dict[str, Any]:
+    """Rows of a quantised table are the oracle's to the bit; a token outside of it is not followed and has NaN."""
+    wrong = []
+    tokens = torch.tensor([0, 8, 3, -1, 9, 2**31 - 1, -(2**31), 3], dtype=torch.int32)
+    known = torch.tensor([0, 1, 2, 7])
+    for format in quantized.FORMATS:
+        for width in (33, 1100):
+            table = matrix(9, width, BF16, format)
+            y = torch.empty(len(tokens), width)
+            wrong += triton_interpreter.accesses_outside(elementwise.embed_launches(y, tokens, table))
+            if not torch.equal(y[known], reference.embed(tokens[known], table)) or not y[3:7].isnan().all():
+                wrong.append(f"{format}, {width}: other rows")
+    return {"rows": len(tokens) * 6, "wrong": wrong}
+
+
 GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "shapes": shapes,
     "mixed_dtypes": mixed_dtypes,
@@ -222,6 +237,7 @@ GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "bounds": bounds,
     "hostile": hostile,
     "every_code": every_code,
+    "embeddings": embeddings,
 }
 
 
