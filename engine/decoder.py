@@ -137,7 +137,7 @@ class Decoder:
             if parallel is not None:
                 num_blocks = parallel_runner.agree(
                     parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
-                    max_batch_tokens=max_batch_tokens,
+                    max_batch_tokens=max_batch_tokens, kernels=self.ops.chosen,
                 )  # fmt: skip
                 weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name
@@ -368,7 +368,7 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: an argument cannot be, or the cache does not hold such sequences.
-            RuntimeError: the decoder has unfinished requests, or a step failed.
+            RuntimeError: the decoder has unfinished requests, a step failed, or the model is in parts (``parallel``).
         """
         return explain(self, batch_size, context, steps)
 

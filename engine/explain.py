@@ -213,7 +213,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
     loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
-    model = Transformer(decoder.model.config, decoder.model.weights, ops, decoder.model.parallel)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops)
     execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:
@@ -308,6 +308,8 @@ def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_
 
 def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int | None) -> Explanation:
     """See ``Decoder.explain``."""
+    if decoder.parallel is not None:
+        raise RuntimeError(f"explain() times a model that is whole; of this one there is {decoder.parallel!r} here")
     loop = decoder.loop
     if isinstance(batch_size, int) and batch_size > 0:
         room = min(decoder.config.max_position, loop.pool.num_blocks // batch_size * loop.pool.block_size)

@@ -32,6 +32,7 @@ from .runner import Numbers, Runner, Started
 LOGITS, NONE = "logits", "none"
 
 _SPLIT = 512  # tokens; tables of a graph have room for this many times a power of four: attention launches programs for what could be there
+_ALIGNMENT = 16  # in words: kernels are compiled for how their tensors are aligned, and should not be anew for every size of a step
 _RING = 2  # as many steps can be on their way, the one that the host waits for and the one after it
 
 
@@ -62,7 +63,7 @@ class _Column(NamedTuple):
 
 
 def _columns(s: Sizes) -> list[_Column]:
-    """How the numbers of a step lie in the buffer: those of 64 bits first, for they are aligned there."""
+    """How the numbers of a step lie in the buffer."""
     i32, i64, f32 = torch.int32, torch.int64, torch.float32
     drawn = s.rows if s.draws in (FUSED, FILTERED) else 0
     sizes: list[tuple[str, torch.dtype, int]] = [("logit_rows", i64, s.rows), ("seed", i64, drawn)]
@@ -76,7 +77,7 @@ def _columns(s: Sizes) -> list[_Column]:
     for name, dtype, size in sizes:
         words = size * dtype.itemsize // 4
         columns.append(_Column(name, dtype, start, words))
-        start += words
+        start += -(-words // _ALIGNMENT) * _ALIGNMENT
     return columns
 
 
