@@ -82,7 +82,7 @@ def launches(
     given = _arguments(q, key_cache, value_cache, block_table, query_start, context_len, scale, window, tree_start, ancestors)
     shape = {**tile, **_key_tile(q, key_cache, head_dim), "ROWS": rows}
     if wide:
-        shape["SPLIT_TILES"] = 1 << 20  # one split: another order of sums
+        shape |= {"SPLIT_TILES": 0, "TILE": 32, "maxnreg": 255}  # no splits: another order of sums
     if not split:
         return [launch(attention_walk, grid, given, shape, {"out": out})]
     kept = {
