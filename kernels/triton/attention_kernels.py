@@ -360,7 +360,10 @@ def _split(
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(M, L, A) of one split, or of the whole context if SPLIT_TILES is 0. Some row sees the key tiles [begin, end), all rows the whole of [whole_begin, whole_end)."""
+    """(M, L, A) of one split, or of the whole context if SPLIT_TILES is 0.
+
+    Some row sees the key tiles [begin, end), all rows the whole of [whole_begin, whole_end).
+    """
     most = tl.full([ROWS], _NONE, tl.float32)
     weight = tl.zeros([ROWS, _ONES], tl.float32)
     total = tl.zeros([ROWS, PADDED], tl.float32)

@@ -44,7 +44,6 @@ VARIANTS = (
     Variant("wide bf16", _BF16, _BF16, (32, 8), 128, wide=True),
     Variant("wide bf16, all", _BF16, _BF16, (32, 8), 128, window=True, trees=True, wide=True),
     Variant("wide fp16 over int8", _F16, _INT8, (32, 8), 128, wide=True),
-    Variant("wide bf16, D = 256", _BF16, _BF16, (8, 4), 256, wide=True),
 )
 
 
