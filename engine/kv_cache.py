@@ -146,8 +146,8 @@ def size_cache(
     device: torch.device | str = "cpu",
     share: float | None = None,
 ) -> int:
-    """How many blocks the cache gets: room for ``cache_tokens``, or for ``wanted_tokens`` as far as ``share`` (default: ``DEFAULT_SHARE``) of
-    the free memory of ``device`` allows.
+    """How many blocks the cache gets: room for ``cache_tokens``, or for ``wanted_tokens`` as far as a ``share`` (default:
+    ``DEFAULT_SHARE``) of the free memory of ``device`` allows.
 
     Raises ``ValueError`` for less than one block and ``MemoryError`` where memory does not suffice.
     """
