@@ -81,4 +81,6 @@ if importlib.util.find_spec("triton") is not None:
         from .triton import attention
 
         many = len(q) >= _MANY_QUERIES * (len(step[-1]) or 1)
-        return attention.paged_attention(q, key_cache, value_cache, *step, wide=many and q.dtype != torch.float32, **options)
+        hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+        wide = many and hopper and q.dtype != torch.float32 and q.shape[2] <= attention.WIDE_HEAD_DIM
+        return attention.paged_attention(q, key_cache, value_cache, *step, wide=wide, **options)

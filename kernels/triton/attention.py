@@ -21,12 +21,14 @@ from .launch import Launch, check_device, launch, power_of_two, run
 SPLIT = _SPLIT.value
 LOG2_E = math.log2(math.e)
 ROWS = 16  # of a query tile: the least that an MMA has
-WIDE_ROWS = 64  # the least that an MMA of Hopper has, with all the bandwidth of its shared memory
+WIDE_ROWS = 64  # the least that Hopper's own MMA has
+WIDE_HEAD_DIM = 128  # wide tiles of a larger head_dim, and those of earlier GPUs, would spill registers
 # Splits are programs of their own while one program for each query tile would leave much of the GPU idle, or long contexts beside short
 # ones would keep it waiting; their results may take this much memory.
 MANY_PROGRAMS = 1024
 MANY_QUERIES = 16  # for each sequence
 MAX_SPLIT_BYTES = 256 << 20
+_ALL_REGISTERS = {"maxnreg": 255}  # else ptxas may spill to halve them
 
 
 def paged_attention(
@@ -82,9 +84,11 @@ def launches(
     given = _arguments(q, key_cache, value_cache, block_table, query_start, context_len, scale, window, tree_start, ancestors)
     shape = {**tile, **_key_tile(q, key_cache, head_dim), "ROWS": rows}
     if wide:
-        shape["SPLIT_TILES"] = 1 << 20  # one split: another order of sums
+        shape |= {"SPLIT_TILES": 0, "TILE": 32}  # no splits: another order of sums
     if not split:
-        return [launch(attention_walk, grid, given, shape, {"out": out})]
+        return [launch(attention_walk, grid, given, shape, _ALL_REGISTERS, {"out": out})]
+    # The split kernel fits two programs on an SM, and is compiled so, where its tiles are of 16 bits without a mask for head_dim.
+    lean = head_dim == given["PADDED"] and max(q.element_size(), key_cache.element_size()) == 2
     kept = {
         "split_maximum": q.new_empty(tokens, heads, splits, dtype=torch.float32),
         "split_weight": q.new_empty(tokens, heads, splits, dtype=torch.float32),
@@ -97,7 +101,7 @@ def launches(
     )  # fmt: skip
     merge = {name: given[name] for name in names}
     return [
-        launch(attention_splits, (*grid, splits), given, shape, kept),
+        launch(attention_splits, (*grid, splits), given, shape, {} if lean else _ALL_REGISTERS, kept),
         launch(attention_merge, (tokens, heads), merge, kept, {"out": out, "AHEAD": 8}),
     ]
 

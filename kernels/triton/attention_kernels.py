@@ -360,12 +360,18 @@ def _split(
     KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, SPLIT_TILES: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(M, L, A) of one split. Some row sees the key tiles [begin, end), all rows the whole of [whole_begin, whole_end)."""
+    """(M, L, A) of one split, or of the whole context if SPLIT_TILES is 0.
+
+    Some row sees the key tiles [begin, end), all rows the whole of [whole_begin, whole_end).
+    """
     most = tl.full([ROWS], _NONE, tl.float32)
     weight = tl.zeros([ROWS, _ONES], tl.float32)
     total = tl.zeros([ROWS, PADDED], tl.float32)
-    first = tl.maximum(begin, split * SPLIT_TILES)
-    last = tl.minimum(end, (split + 1) * SPLIT_TILES)
+    first = begin
+    last = end
+    if SPLIT_TILES != 0:
+        first = tl.maximum(begin, split * SPLIT_TILES)
+        last = tl.minimum(end, (split + 1) * SPLIT_TILES)
     whole_first = tl.minimum(tl.maximum(whole_begin, first), last)
     whole_last = tl.minimum(tl.maximum(whole_end, whole_first), last)
     if WINDOWED:  # in two rounds, for one copy of the code: the edge of the window and the whole tiles; the end of the context
@@ -461,16 +467,23 @@ def attention_walk(
         path = None
         if ancestors is not None:
             path = ancestors + first + before
-        most = tl.full([ROWS], _NONE, tl.float32)
-        weight = tl.zeros([ROWS], tl.float32)
-        total = tl.zeros([ROWS, PADDED], tl.float32)
-        for split in tl.range(begin // SPLIT_TILES, (end + SPLIT_TILES - 1) // SPLIT_TILES, num_stages=1):
-            split_most, split_weight, split_total = _split(
-                split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+        if SPLIT_TILES == 0:
+            most, weight, total = _split(
+                0, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
                 query, there, low, high, tree, context, path, count, begin, end, whole_begin, whole_end,
                 KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
             )  # fmt: skip
-            most, weight, total = _fold(most, weight, total, split_most, split_weight, split_total)
+        else:
+            most = tl.full([ROWS], _NONE, tl.float32)
+            weight = tl.zeros([ROWS], tl.float32)
+            total = tl.zeros([ROWS, PADDED], tl.float32)
+            for split in tl.range(begin // SPLIT_TILES, (end + SPLIT_TILES - 1) // SPLIT_TILES, num_stages=1):
+                split_most, split_weight, split_total = _split(
+                    split, queries, key_cache, value_cache, key_scales, value_scales, table, blocks, kv_head, factor,
+                    query, there, low, high, tree, context, path, count, begin, end, whole_begin, whole_end,
+                    KV_HEADS, BLOCK_SIZE, DIM, PADDED, CHUNK, TILE, ROWS, SPLIT_TILES, WINDOWED, STAGES, dtype,
+                )  # fmt: skip
+                most, weight, total = _fold(most, weight, total, split_most, split_weight, split_total)
         d = tl.arange(0, PADDED)
         result = _result(low < high, weight, total, dtype)
         tl.store(out + index[:, None] * DIM + d[None, :], result, mask=there[:, None] & (d[None, :] < DIM))

@@ -72,5 +72,7 @@ def _launches(v: Variant) -> Iterator[Launch]:
     with_logprobs = sampler.Workspace(rows, v.vocab, "meta", lists=v.lists)
     mass = make(i64, rows, v.vocab)
     yield row_masses.launches(with_logprobs, mass, logits, floats, ints, floats, floats, ints, *lists)[-1]
+    if v.lists:
+        return  # which verify_block does not know
     block = VerifyResult(ints, ints, seed, ints)
     yield from verify.block_launches(block, mass, ints, mass, ints, make(i32, rows + 1), seed, ints, ints)

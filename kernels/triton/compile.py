@@ -82,7 +82,9 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 
 def _serves(architecture: int, arguments: dict[str, Any]) -> bool:
-    """Whether the architecture has the dtypes of a call."""
+    """Whether the architecture has the dtypes of a call, and attention's wide tiles."""
+    if architecture < 90 and arguments.get("SPLIT_TILES") == 0:
+        return False
     return architecture >= 89 or not any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments.values())
 
 

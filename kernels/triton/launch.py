@@ -55,7 +55,7 @@ WARPS = {
     "head_tiles": 4,
     "head_merge": 4,
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid and its arguments
