@@ -13,7 +13,7 @@ SUITES ?= kernels decode sampling
 LENGTH ?= --full
 SANITIZERS ?= memcheck racecheck synccheck
 
-.PHONY: demo test lint bench wheel native gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test lint bench wheel native gpu gpu-build gpu-test gpu-verify gpu-sanitize gpu-bench clean
 
 demo: native .venv/.grammar
 	$(BIN)/python -m engine demo
@@ -40,7 +40,7 @@ native: .venv/.runtime
 
 # Every stage, also after one that fails; each can be called by itself, and so can each suite (make gpu-bench SUITES=decode LENGTH=--quick).
 gpu:
-	@failed=; for stage in gpu-build gpu-test gpu-sanitize gpu-bench; do $(MAKE) --no-print-directory $$stage || failed="$$failed $$stage"; \
+	@failed=; for stage in gpu-build gpu-test gpu-verify gpu-sanitize gpu-bench; do $(MAKE) --no-print-directory $$stage || failed="$$failed $$stage"; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 gpu-build:
@@ -52,6 +52,9 @@ gpu-build:
 gpu-test: gpu-build
 	@mkdir -p $(OUT)
 	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/tests.xml $$(grep -rl --include='test_*.py' 'mark.gpu' tests)
+
+gpu-verify: gpu-build
+	$(PYTHON) -m engine verify --device cuda
 
 # One small call of every kernel. Without PyTorch's cache of memory each tensor is an allocation of its own, whose ends memcheck knows.
 gpu-sanitize: gpu-build
