@@ -16,6 +16,7 @@ VARIANTS = (
     "linear: bf16, split",
     "linear: int4, split",
     "head: bf16",
+    "bf16, D = 128",
 )  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 
