@@ -53,3 +53,15 @@ def test_graphs_see_weights_that_change_in_place() -> None:
             mine.copy_(its)
     assert decode(decoder, "the head draws", 0) == decode(Decoder(other, cache_tokens=512), "the head draws", 0) != before
     assert device.num_captures == captures > 0
+
+
+def test_graphs_are_captured_anew_where_weights_have_other_storage() -> None:
+    live, other = small_llama(), small_llama(seed=9)
+    decoder = Decoder(live, cache_tokens=512)
+    device = on_fake_device(decoder)
+    decode(decoder, "the head draws", 0)
+    captures = device.num_captures
+    for mine, its in zip(live.parameters(), other.parameters(), strict=True):
+        mine.data = its.data.clone()
+    assert decode(decoder, "the head draws", 0) == decode(Decoder(other, cache_tokens=512), "the head draws", 0)
+    assert device.num_captures == 2 * captures

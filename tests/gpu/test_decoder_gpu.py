@@ -256,13 +256,17 @@ def test_an_async_decoder_in_its_thread() -> None:
 # ---- a live model, memory ----
 
 
-def test_changes_of_a_live_models_weights_are_seen_by_captured_graphs() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_changes_of_a_live_models_weights_are_seen_by_captured_graphs(in_place: bool) -> None:
     live, other = model(), model(seed=9)
     decoder = Decoder(live, cache_tokens=4096, deterministic=True)
     before = tokens(decoder.generate(PROMPTS[:4], params=UNFILTERED[:4]))
     with torch.no_grad():
         for mine, its in zip(live.parameters(), other.parameters(), strict=True):
-            mine.copy_(its)
+            if in_place:
+                mine.copy_(its)
+            else:
+                mine.data = its.data.clone()
     after = tokens(decoder.generate(PROMPTS[:4], params=UNFILTERED[:4]))
     fresh = tokens(Decoder(other, cache_tokens=4096, deterministic=True).generate(PROMPTS[:4], params=UNFILTERED[:4]))
     assert after == fresh != before
