@@ -2,7 +2,7 @@
 as it comes, deterministic, over quantised weights and over a cache of 8 bits, beside transformers' ``generate``, all in the same run.
 
 A step is timed when all sequences decode and its graph has been captured. The limit is the time to read the weights once and the keys and
-values of all sequences. That side of the benchmarks has never run. ``--quick`` has fewer layers and rounds, and not all variants.
+values of all sequences. This suite has never run. ``--quick`` has fewer layers and rounds, and not all variants.
 """
 
 from __future__ import annotations
