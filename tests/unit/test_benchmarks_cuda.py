@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,20 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import clock
+import measure
 import suite_decode_cuda as decode_suite
 import suite_kernels_cuda as kernel_suite
 from measure import Setting, interleaved
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_rests() -> Iterator[None]:
+    """No contender needs a quiet machine here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "SETTLE_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +184,37 @@ def test_aims_of_decoding() -> None:
 
 def test_agreement_is_over_what_both_have() -> None:
     assert decode_suite.agreement([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9], [5, 6, 7]]) == 5 / 6
+
+
+# ---- the command ----
+
+
+def test_the_command_writes_results_before_it_tells_what_failed(
+    limits: clock.Limits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import run as command
+
+    file = tmp_path / "kernels.json"
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cuda", "--suite", "kernels", "--peers", "none", "--out", str(file)])
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())  # figures are left out here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "measure_limits", lambda device: limits)
+    monkeypatch.setattr(clock, "bandwidths", lambda its_clock: (1.0, 2.0))
+    monkeypatch.setattr(kernel_suite, "run", lambda setting: {"entries": [{"seconds": 1.0}], "errors": ["rope_append: no such kernel"]})
+    monkeypatch.setattr(kernel_suite, "plot", lambda results, out: [])
+    with pytest.raises(SystemExit, match="rope_append: no such kernel"):
+        command.main()
+    written = json.loads(file.read_text())
+    assert written["results"]["kernels"]["entries"] == [{"seconds": 1.0}]
+    assert written["machine"]["command"].endswith(f"--out {file}") and written["machine"]["later_read_bandwidth_gb_s"] == 2e-9
+
+
+def test_a_machine_without_a_gpu_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import run as command
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for suite, said in (("kernels", "torch finds no CUDA GPU"), ("serving", "on cuda there are only the suites kernels, decode, sampling")):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cuda", "--suite", suite])
+        with pytest.raises(SystemExit):
+            command.main()
+        assert said in capsys.readouterr().err
