@@ -1,0 +1,156 @@
+// What the parts of the sampler's kernel share: shared memory, order in integers, reductions over a block, the barrier of a row's blocks.
+#pragma once
+
+#include "common/fixed_math.h"
+#include "cuda/grid.h"
+#include "cuda/sample.h"
+
+namespace engine::cuda {
+
+constexpr int kWarps = kSampleThreads / kWarp;
+
+// Floats are ordered as unsigned integers: a < b if and only if ordered(a) < ordered(b), with -0.0 taken as 0.0. 0 is below everything.
+constexpr uint32_t kOrderedNegInf = 0x007FFFFFu, kOrderedLowest = 0x00800000u, kOrderedInf = 0xFF800000u;
+
+ENGINE_DEVICE uint32_t ordered(float x) {
+    const uint32_t bits = float_to_bits(x + 0.0f);  // the sum makes +0.0 of -0.0
+    return bits ^ ((bits >> 31) != 0 ? 0xFFFFFFFFu : 0x80000000u);
+}
+ENGINE_DEVICE float unordered(uint32_t o) { return bits_to_float(o ^ ((o >> 31) != 0 ? 0x80000000u : 0xFFFFFFFFu)); }
+
+// A key is an ordered value and a token: larger for a larger value, then for a lower token, so that a maximum has the tie rule of the law
+// whatever the order of the reduction. 0 is no key.
+ENGINE_DEVICE uint64_t make_key(uint32_t o, uint32_t token) { return uint64_t{o} << 32 | (token ^ 0xFFFFFFFFu); }
+ENGINE_DEVICE uint32_t key_value(uint64_t key) { return static_cast<uint32_t>(key >> 32); }
+ENGINE_DEVICE uint32_t key_token(uint64_t key) { return static_cast<uint32_t>(key) ^ 0xFFFFFFFFu; }
+
+ENGINE_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+ENGINE_DEVICE uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+// z - largest for z <= largest, 0 where they are equal (also where both are +inf).
+ENGINE_DEVICE float below(float z, float largest) { return z == largest ? 0.0f : z - largest; }
+ENGINE_DEVICE uint64_t weight_of(uint32_t o, float largest) { return static_cast<uint64_t>(fixed_weight(below(unordered(o), largest))); }
+
+constexpr float kInf = __builtin_huge_valf();
+constexpr float kGreedyBelow = 1e-5f;
+constexpr float kSmallestNormal = 0x1p-126f;  // fixed_log takes no smaller number: such a min_p is off
+
+// A row, and the part of it that is this block's.
+struct Row {
+    int64_t index;
+    int32_t vocab;
+    int32_t first, tokens;  // of this block
+    int32_t chunk;          // tokens that its shared memory holds: those, then -inf
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    NoiseKey noise;
+
+    ENGINE_DEVICE_METHOD bool is_greedy() const { return temperature < kGreedyBelow; }
+    ENGINE_DEVICE_METHOD bool has_top_k() const { return top_k > 0 && top_k < vocab && !is_greedy(); }
+    ENGINE_DEVICE_METHOD bool has_top_p() const { return top_p < 1.0f && !is_greedy(); }
+    ENGINE_DEVICE_METHOD bool has_min_p() const { return min_p >= kSmallestNormal && !is_greedy(); }
+    ENGINE_DEVICE_METHOD bool is_filtered() const { return has_top_k() || has_top_p() || has_min_p(); }
+    ENGINE_DEVICE_METHOD bool is_bad() const {
+        return !(temperature >= 0.0f && temperature < kInf && top_p >= 0.0f && top_p <= 1.0f && min_p >= 0.0f && min_p <= 1.0f);
+    }
+};
+
+// Where the measure that is needed is reached (sample_select.h).
+struct Found {
+    uint32_t bin, count;
+    uint64_t above, measure;  // of what is above the bin, and in it
+};
+
+// What the row's blocks have found out together.
+struct Outcome {
+    uint32_t largest;     // ordered; of z
+    uint32_t threshold;   // ordered: the tokens at or above it are kept
+    uint64_t kept;        // how many those are (after top-k), or what mass they have (after top-p)
+    uint32_t histograms;  // used, a bit each
+    bool gathered;        // those tokens become candidates of the row: top-p and min-p have yet to be applied
+};
+
+// Shared memory of a block, before the z of its tokens.
+struct alignas(16) Shared {
+    uint32_t counts[kBins];                       // a histogram's; or a bit for each token (sample_lists.h)
+    uint32_t mass_low[kBins], mass_high[kBins];   // its masses, as two words: there is no atomic on 64 bits of shared memory that is fast
+    uint64_t candidate_weight[kCandidates];
+    uint64_t warp[kWarps];
+    Row row;
+    Found found;
+    Outcome outcome;
+    uint32_t flags, largest, raw_largest;
+    uint32_t chosen;  // z of the chosen token, ordered
+    uint32_t is_last;
+};
+
+ENGINE_DEVICE uint32_t warp_largest(uint32_t x) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = larger(x, shuffle_xor(x, lanes));
+    return x;
+}
+
+// The largest x of all threads, to all of them. Begins and ends with no need of a barrier around it.
+ENGINE_DEVICE uint64_t block_largest(Shared& s, uint64_t x) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x = larger(x, shuffle_xor(x, lanes));
+    if (thread_index() % kWarp == 0) s.warp[thread_index() / kWarp] = x;
+    block_barrier();
+    x = 0;
+#pragma unroll 2
+    for (int w = 0; w < kWarps; ++w) x = larger(x, s.warp[w]);
+    block_barrier();
+    return x;
+}
+
+// The sum, likewise.
+ENGINE_DEVICE uint64_t block_sum(Shared& s, uint64_t x) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
+    if (thread_index() % kWarp == 0) s.warp[thread_index() / kWarp] = x;
+    block_barrier();
+    x = 0;
+#pragma unroll 2
+    for (int w = 0; w < kWarps; ++w) x += s.warp[w];
+    block_barrier();
+    return x;
+}
+
+// The sum of the x of the threads before this one, and the sum of all, likewise.
+ENGINE_DEVICE uint64_t block_scan(Shared& s, uint64_t x, uint64_t* total) {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    uint64_t sum = x;
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+        const uint64_t other = shuffle_up(sum, lanes);
+        sum += lane >= lanes ? other : 0;
+    }
+    if (lane == kWarp - 1) s.warp[warp] = sum;
+    block_barrier();
+    uint64_t before = sum - x;
+    *total = 0;
+#pragma unroll 2
+    for (int w = 0; w < kWarps; ++w) {
+        before += w < warp ? s.warp[w] : 0;
+        *total += s.warp[w];
+    }
+    block_barrier();
+    return before;
+}
+
+// All blocks of the row have come here, and see what the others wrote to global memory. They all run at the same time (the launch is
+// cooperative), and leave the barrier ready for the next time.
+ENGINE_DEVICE void row_barrier(RowGroup& g, uint32_t members) {
+    block_barrier();
+    if (thread_index() == 0) {
+        const uint32_t generation = load_volatile(&g.generation);
+        fence();
+        if (atomic_add(&g.arrived, 1u) == members - 1) {
+            g.arrived = 0;
+            fence();
+            atomic_add(&g.generation, 1u);
+        } else {
+            wait_while(&g.generation, generation);
+        }
+        fence();
+    }
+    block_barrier();
+}
+
+}  // namespace engine::cuda

@@ -1,0 +1,90 @@
+"""The CUDA kernels' own source on an emulated grid (``grid_emulated.h``), built with the C++ compiler: for tests without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels import SampleResult, checks_sample, cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+FORWARD, BACKWARD, SHUFFLED = range(3)  # Grid::Order
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(folder: Path, *flags: str, source_root: Path = ROOT / "csrc") -> ctypes.CDLL:
+    """Compile ``emulated_sample.cpp`` against the kernels' source."""
+    library = folder / "emulated_sample.so"
+    here = Path(__file__).parent
+    command = [
+        *str(compiler()).split(), "-O2", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wall", "-Wextra",
+        "-Wno-unknown-pragmas", *flags, f"-I{source_root}", f"-I{here}", str(here / "emulated_sample.cpp"), "-o", str(library),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+class Emulated:
+    """``sample`` by the emulated kernel, ``members`` blocks to a row and ``groups`` rows at a time, threads taken in ``order``."""
+
+    def __init__(self, library: ctypes.CDLL, members: int = 2, groups: int = 1, order: int = SHUFFLED) -> None:
+        self.library, self.members, self.groups, self.order = library, members, groups, order
+        self.seed = 0
+
+    def plan(self, rows: int, vocab_size: int, device: torch.device) -> cuda.Plan:
+        chunk = -(-(-(-vocab_size // self.members)) // 128) * 128
+        return cuda.Plan(-(-vocab_size // chunk), chunk, min(self.groups, rows))
+
+    def workspace(self, *sizes: int) -> cuda.Workspace:
+        rows, vocab_size, *most = sizes
+        return cuda.Workspace(rows, vocab_size, "cpu", *most, plan=self.plan)
+
+    def sample(
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        position: Tensor,
+        stream: Tensor,
+        *,
+        penalties: Any = None,
+        bias: Any = None,
+        end_tokens: Any = None,
+        allowed: Any = None,
+        logprobs: int | None = None,
+        workspace: cuda.Workspace | None = None,
+    ) -> SampleResult:
+        given = (temperature, top_k, top_p, min_p, seed, position, stream)
+        checks_sample.sample(logits, *given, penalties, bias, end_tokens, allowed, logprobs)
+        rows, vocab = logits.shape
+        if workspace is None:
+            workspace = self.workspace(rows, vocab, logprobs or 0)
+        for result in (workspace.tokens, workspace.status, *workspace.chosen, *workspace.top_tokens, *workspace.top):
+            result.fill_(77)  # what the kernel does not write would show
+        workspace.top_keys.fill_(-1)
+        words = cuda.words(workspace, logits, given, penalties, bias, end_tokens, allowed, logprobs)
+        self.seed += 1
+        hung = self.library.emulated_sample((ctypes.c_int64 * len(words))(*words), self.order, self.seed)
+        assert not hung, "every thread waits"
+        # The kernel leaves its memory as it found it, for the next call; but for the generation of the barrier.
+        left = workspace.groups.clone().view(torch.int32).reshape(len(workspace.groups), -1)
+        if len(left):
+            left[:, 1] = 0
+            used = left.clone()
+            used[:, 12 : 12 + 2 * 512 + 4 * 256] = 0  # candidates and the members' best, which are written before they are read
+            assert not used.any(), "the row's memory is not clean"
+        return workspace.results(rows, logprobs)
