@@ -2,8 +2,8 @@
 
 ``sample`` is one cooperative launch, whatever the filters: the blocks that share a row hold it in their shared memory, so that the logits
 are read once, and find thresholds by histograms that they add up (``csrc/cuda/sample_kernel.h``). It takes everything that the contract
-has. Nothing waits for the host, and calls can be captured in a CUDA graph: the shape of the grid depends on the sizes of the call and on the
-device alone, and the kernel leaves its memory as it found it. A parameter out of range gives its row STATUS_BAD_PARAMETER.
+has. Nothing waits for the host, and calls can be captured in a CUDA graph: the grid depends on the sizes of the call and on the device
+alone, and the kernel leaves its memory as it found it. A parameter out of range gives its row STATUS_BAD_PARAMETER.
 
 When the automatic choice takes these ops is said in ``crossover``.
 """

@@ -32,7 +32,9 @@ ENGINE_DEVICE int thread_index() { return int(threadIdx.x); }
 ENGINE_DEVICE int block_index() { return int(blockIdx.x); }
 ENGINE_DEVICE void block_barrier() { __syncthreads(); }
 ENGINE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
-ENGINE_DEVICE uint64_t shuffle_xor(uint64_t x, int lanes) { return __shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(x), lanes); }
+ENGINE_DEVICE uint64_t shuffle_xor(uint64_t x, int lanes) {
+    return __shfl_xor_sync(0xffffffffu, static_cast<unsigned long long>(x), lanes);
+}
 // Of the thread `lanes` below; the first `lanes` threads of a warp get their own.
 ENGINE_DEVICE uint64_t shuffle_up(uint64_t x, int lanes) { return __shfl_up_sync(0xffffffffu, static_cast<unsigned long long>(x), lanes); }
 

@@ -27,8 +27,8 @@ DeviceInfo device_info(int device);
 void noise(float* out, const int64_t* seeds, const int32_t* positions, const int32_t* streams, int64_t num_rows, int64_t vocab_size,
            int device, uintptr_t stream);
 
-// How `sample` divides rows among blocks that run at the same time: `members` blocks to a row, with `chunk` tokens each; `num_groups` rows at
-// a time. All 0 where no row of so many tokens fits this device. The launch is for a plan of the same device.
+// How `sample` divides rows among blocks that run at the same time: `members` blocks to a row, with `chunk` tokens each; `num_groups` rows
+// at a time. All 0 where no row of so many tokens fits this device. The launch is for a plan of the same device.
 struct SamplePlan {
     int64_t members, chunk, num_groups;
 };

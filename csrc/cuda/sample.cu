@@ -29,9 +29,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Bytes of shared memory of a block.
 int64_t shared_bytes(int64_t chunk) { return int64_t(sizeof(Shared)) + 4 * chunk; }
 
-int64_t most_tokens(int64_t bytes) {
-    return std::min((bytes - int64_t(sizeof(Shared))) / 4 / kChunkMultiple * kChunkMultiple, kMaxChunk);
-}
+int64_t most_tokens(int64_t bytes) { return std::min((bytes - int64_t(sizeof(Shared))) / 4 / kChunkMultiple * kChunkMultiple, kMaxChunk); }
 
 int attribute(cudaDeviceAttr name, int device) {
     int value = 0;
@@ -76,9 +74,10 @@ void sample(const SampleArgs& args, int device, uintptr_t stream) {
     const DeviceGuard guard(device);
     SampleArgs a = args;
     void* arguments[] = {&a};
-    check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel_of(a.dtype)), dim3(unsigned(a.num_groups * a.members)),
-                                      dim3(kSampleThreads), arguments, size_t(shared_bytes(a.chunk)), reinterpret_cast<cudaStream_t>(stream)),
-          "sample");
+    check(
+        cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel_of(a.dtype)), dim3(unsigned(a.num_groups * a.members)),
+                                    dim3(kSampleThreads), arguments, size_t(shared_bytes(a.chunk)), reinterpret_cast<cudaStream_t>(stream)),
+        "sample");
 }
 
 }  // namespace engine::cuda

@@ -5,12 +5,12 @@
 
 namespace engine::cuda {
 
-constexpr int kSampleThreads = 512;       // of a block
-constexpr int kMaxMembers = 256;          // blocks that work on one row
-constexpr int kBins = 2048;               // of a histogram
-constexpr int kSelectPasses = 3;          // histograms of 11, 11 and 10 bits
-constexpr int kCandidates = 512;          // tokens kept by top-k whose top-p one block works out: one of each thread
-constexpr int64_t kChunkMultiple = 128;   // tokens of a block: whole vectors, whole words of the mask, whole Philox calls
+constexpr int kSampleThreads = 512;        // of a block
+constexpr int kMaxMembers = 256;           // blocks that work on one row
+constexpr int kBins = 2048;                // of a histogram
+constexpr int kSelectPasses = 3;           // histograms of 11, 11 and 10 bits
+constexpr int kCandidates = 512;           // tokens kept by top-k whose top-p one block works out: one of each thread
+constexpr int64_t kChunkMultiple = 128;    // tokens of a block: whole vectors, whole words of the mask, whole Philox calls
 constexpr int64_t kMaxChunk = kBins * 32;  // a bit for each token fits where a histogram's counts are
 
 // Bits of RowGroup::flags.

@@ -32,8 +32,7 @@ ENGINE_DEVICE void filter(Shared& s, RowGroup& g, uint32_t members, const uint32
     const bool ordinary = top > kOrderedNegInf && top < kOrderedInf;
     const bool gathered = ordinary && row.has_top_p() && row.has_top_k() && s.outcome.kept <= kCandidates;
     if (ordinary && row.has_top_p() && !gathered) select<true>(s, g, members, z, largest);
-    block_barrier();  // all threads have read the outcome
-    if (thread_index() == 0) {
+    if (thread_index() == 0) {  // the others read no more of the outcome before the barrier
         s.outcome.largest = top;
         s.outcome.gathered = gathered;
         if (top == kOrderedInf)
@@ -49,7 +48,7 @@ template <class T>
 ENGINE_DEVICE void add_masses(const SampleArgs& a, const Row& row, Shared& s, RowGroup& g, const Outcome& outcome, const uint32_t* z) {
     const float raw_largest = unordered(load_shared_by_blocks(&g.raw_largest)), largest = unordered(outcome.largest);
     uint64_t raw_mass = 0, mass = 0;
-    for_each_quad(tokens_of<T>(a, row), row, [&](int, const float(&x)[4]) {
+    for_each_quad(tokens_of<T>(a, row), row, [&](int, const float (&x)[4]) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) raw_mass += x[j] == x[j] ? static_cast<uint64_t>(fixed_weight(below(x[j], raw_largest))) : 0;
     });
@@ -89,9 +88,8 @@ ENGINE_DEVICE void sample_row(const SampleArgs& a, Shared& s, RowGroup& g, int m
     const Outcome& outcome = s.outcome;
     if (a.logprobs >= 0 && outcome.largest > kOrderedNegInf) add_masses<T>(a, row, s, g, outcome, z);
     if (length > 0)
-        list_most_likely(s, row.tokens, length, lists + (int64_t{a.members} + member) * length, [&](int i) {
-            return z[i] >= outcome.threshold ? make_key(z[i], static_cast<uint32_t>(row.first + i)) : 0;
-        });
+        list_most_likely(s, row.tokens, length, lists + (int64_t{a.members} + member) * length,
+                         [&](int i) { return z[i] >= outcome.threshold ? make_key(z[i], static_cast<uint32_t>(row.first + i)) : 0; });
 
     if (outcome.gathered) {
 #pragma unroll 1

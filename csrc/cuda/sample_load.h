@@ -15,7 +15,7 @@ ENGINE_DEVICE float to_float(float x) { return x; }
 ENGINE_DEVICE float to_float(Bfloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
 ENGINE_DEVICE float to_float(Float16 x) { return half_to_float(x.bits); }
 
-constexpr float kLargestAddend = 1e30f;       // of penalties and biases
+constexpr float kLargestAddend = 1e30f;  // of penalties and biases
 constexpr int32_t kMaxCount = 1 << 24;
 
 template <class T>
@@ -69,7 +69,7 @@ template <class T>
 ENGINE_DEVICE void load_raw(const SampleArgs& a, const Row& row, Shared& s, uint32_t* z) {
     uint32_t largest = 0;
     bool nan = false;
-    for_each_quad(tokens_of<T>(a, row), row, [&](int i, const float(&x)[4]) {
+    for_each_quad(tokens_of<T>(a, row), row, [&](int i, const float (&x)[4]) {
         Words bits;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {

@@ -1,5 +1,6 @@
-// Step 7 of the contract: the token with the best score of a block. Scores need two logarithms, bounds of them none (kernels/triton/noise.py
-// has the proof): a first walk finds the largest lower bound, a second works out only the scores whose upper bound reaches it.
+// Step 7 of the contract: the token with the best score of a block. Scores need two logarithms, bounds of them none
+// (kernels/triton/noise.py has the proof): a first walk finds the largest lower bound, a second works out only the scores whose upper bound
+// reaches it.
 #pragma once
 
 #include "cuda/sample_block.h"

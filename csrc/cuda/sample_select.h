@@ -56,8 +56,8 @@ ENGINE_DEVICE void add_histogram(Shared& s, RowGroup& g, const uint32_t* z, int 
     }
 }
 
-// s.found: the bin of the row's histogram in which the measure from the top, `above` to begin with, reaches what is needed. `need` is set by
-// the first pass. False where there is nothing at all.
+// s.found: the bin of the row's histogram in which the measure from the top, `above` to begin with, reaches what is needed. `need` is set
+// by the first pass. False where there is nothing at all.
 template <bool kMass>
 ENGINE_DEVICE bool find_bin(Shared& s, const RowGroup& g, int pass, int bins, uint64_t above, uint64_t* need) {
     constexpr int kMost = kBins / kSampleThreads;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -43,12 +44,11 @@ class Emulated:
         self.seed = 0
 
     def plan(self, rows: int, vocab_size: int, device: torch.device) -> cuda.Plan:
-        chunk = -(-(-(-vocab_size // self.members)) // 128) * 128
-        return cuda.Plan(-(-vocab_size // chunk), chunk, min(self.groups, rows))
+        chunk = math.ceil(vocab_size / self.members / 128) * 128
+        return cuda.Plan(math.ceil(vocab_size / chunk), chunk, min(self.groups, rows))
 
-    def workspace(self, *sizes: int) -> cuda.Workspace:
-        rows, vocab_size, *most = sizes
-        return cuda.Workspace(rows, vocab_size, "cpu", *most, plan=self.plan)
+    def workspace(self, max_rows: int, vocab_size: int, device: str = "cpu", max_logprobs: int = 0) -> cuda.Workspace:
+        return cuda.Workspace(max_rows, vocab_size, device, max_logprobs, plan=self.plan)
 
     def sample(
         self,
@@ -72,7 +72,7 @@ class Emulated:
         checks_sample.sample(logits, *given, penalties, bias, end_tokens, allowed, logprobs)
         rows, vocab = logits.shape
         if workspace is None:
-            workspace = self.workspace(rows, vocab, logprobs or 0)
+            workspace = self.workspace(rows, vocab, max_logprobs=logprobs or 0)
         for result in (workspace.tokens, workspace.status, *workspace.chosen, *workspace.top_tokens, *workspace.top):
             result.fill_(77)  # what the kernel does not write would show
         workspace.top_keys.fill_(-1)

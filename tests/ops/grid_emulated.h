@@ -1,9 +1,9 @@
 // What csrc/cuda/grid.h takes from nvcc, for a plain C++ compiler: the threads of the blocks of one group as coroutines on one processor.
 //
 // A thread runs until it waits: at a barrier of its block, in a shuffle of its warp, or for a word that another block changes. Then another
-// one runs, in an order that the test chooses, so that what lies between two barriers is run in any order: a barrier that is missing shows
-// as a wrong result in one of them. Shared memory begins as rubbish. When every thread waits, the kernel would hang: that is an error.
-// It cannot show what only hardware has: memory that other processors see late, and speed.
+// one runs, in an order that the test chooses, so that what lies between two barriers is run in any order, some warps as far ahead of
+// others as barriers let them: one that is missing shows as a wrong result. Shared memory begins as rubbish. When every thread waits, the
+// kernel would hang: that is an error. It cannot show what only hardware has: memory that other processors see late, and speed.
 #pragma once
 
 #include <setjmp.h>
@@ -77,22 +77,30 @@ class Grid {
         }
         std::vector<size_t> turns(total);
         for (size_t t = 0; t < total; ++t) turns[t] = order == kBackward ? total - 1 - t : t;
-        size_t left = total;
-        while (left > 0) {
+        std::vector<bool> starved(total / 32);  // warps that do not get on before all others wait
+        bool any_starved = false;
+        const auto random = [&seed](size_t below) {
+            seed = seed * 1664525u + 1013904223u;
+            return static_cast<size_t>(seed >> 8) % below;
+        };
+        for (size_t left = total; left > 0;) {
             if (order == kShuffled)
-                for (size_t t = total - 1; t > 0; --t) {
-                    seed = seed * 1664525u + 1013904223u;
-                    std::swap(turns[t], turns[(seed >> 8) % (t + 1)]);
-                }
+                for (size_t t = total - 1; t > 0; --t) std::swap(turns[t], turns[random(t + 1)]);
             bool any = false;
             for (const size_t t : turns) {
                 Thread& thread = threads_of_all_[t];
-                if (thread.done || (thread.waits_for != nullptr && *thread.waits_for == thread.waits_while)) continue;
+                if (thread.done || starved[t / 32] || (thread.waits_for != nullptr && *thread.waits_for == thread.waits_while)) continue;
                 any = true;
                 resume(thread);
                 left -= thread.done;
             }
-            if (!any) throw std::runtime_error("every thread waits");
+            if (!any && !any_starved) throw std::runtime_error("every thread waits");
+            if (order != kShuffled || (any && any_starved)) continue;
+            // Those that were starved get on now; then others are.
+            any_starved = !any_starved;
+            const size_t kind = random(3), chosen = random(starved.size());  // half of them, one, or all but one
+            for (size_t w = 0; w < starved.size(); ++w)
+                starved[w] = any_starved && (kind == 0 ? random(2) == 0 : (w == chosen) == (kind == 1));
         }
     }
 
@@ -190,9 +198,7 @@ ENGINE_DEVICE uint64_t exchange(uint64_t x, int from) {
     grid.pass(warp.barrier, kWarp);
     return values[from];
 }
-ENGINE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) {
-    return static_cast<uint32_t>(exchange(x, (thread_index() % kWarp) ^ lanes));
-}
+ENGINE_DEVICE uint32_t shuffle_xor(uint32_t x, int lanes) { return static_cast<uint32_t>(exchange(x, (thread_index() % kWarp) ^ lanes)); }
 ENGINE_DEVICE uint64_t shuffle_xor(uint64_t x, int lanes) { return exchange(x, (thread_index() % kWarp) ^ lanes); }
 ENGINE_DEVICE uint64_t shuffle_up(uint64_t x, int lanes) {
     const int lane = thread_index() % kWarp;
@@ -219,7 +225,9 @@ ENGINE_DEVICE void wait_while(const uint32_t* at, uint32_t x) { Grid::current()-
 
 ENGINE_DEVICE float half_to_float(uint16_t bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float x = exponent == 31 ? (mantissa != 0 ? NAN : INFINITY) : std::ldexp(static_cast<float>(exponent != 0 ? mantissa + 1024 : mantissa), (exponent != 0 ? exponent : 1) - 25);
+    float x = exponent == 31
+                  ? (mantissa != 0 ? NAN : INFINITY)
+                  : std::ldexp(static_cast<float>(exponent != 0 ? mantissa + 1024 : mantissa), (exponent != 0 ? exponent : 1) - 25);
     return bits >> 15 != 0 ? -x : x;
 }
 
