@@ -41,18 +41,16 @@ struct Row {
     int32_t vocab;
     int32_t first, tokens;  // of this block
     int32_t chunk;          // tokens that its shared memory holds: those, then -inf
-    float temperature, top_p, min_p;
+    float divisor;          // the temperature, or 1
+    bool greedy;
+    float top_p, min_p;
     int32_t top_k;
     NoiseKey noise;
 
-    ENGINE_DEVICE_METHOD bool is_greedy() const { return temperature < kGreedyBelow; }
-    ENGINE_DEVICE_METHOD bool has_top_k() const { return top_k > 0 && top_k < vocab && !is_greedy(); }
-    ENGINE_DEVICE_METHOD bool has_top_p() const { return top_p < 1.0f && !is_greedy(); }
-    ENGINE_DEVICE_METHOD bool has_min_p() const { return min_p >= kSmallestNormal && !is_greedy(); }
+    ENGINE_DEVICE_METHOD bool has_top_k() const { return top_k > 0 && top_k < vocab && !greedy; }
+    ENGINE_DEVICE_METHOD bool has_top_p() const { return top_p < 1.0f && !greedy; }
+    ENGINE_DEVICE_METHOD bool has_min_p() const { return min_p >= kSmallestNormal && !greedy; }
     ENGINE_DEVICE_METHOD bool is_filtered() const { return has_top_k() || has_top_p() || has_min_p(); }
-    ENGINE_DEVICE_METHOD bool is_bad() const {
-        return !(temperature >= 0.0f && temperature < kInf && top_p >= 0.0f && top_p <= 1.0f && min_p >= 0.0f && min_p <= 1.0f);
-    }
 };
 
 // Where the measure that is needed is reached (sample_select.h).
@@ -132,6 +130,25 @@ ENGINE_DEVICE uint64_t block_scan(Shared& s, uint64_t x, uint64_t* total) {
     }
     block_barrier();
     return before;
+}
+
+// The largest keys of a block's tokens, downwards: `count` of them, or up to a 0. key(i) is that of token i. A thread holds the largest of its
+// own, and looks for another when that is taken.
+template <class Key, class Take>
+ENGINE_DEVICE void for_each_largest(Shared& s, int tokens, int count, Key key, Take take) {
+    uint64_t mine = 0, last = ~uint64_t{0};
+    for (int n = 0; n < count && last != 0; ++n) {
+        if (mine == last || n == 0) {
+            mine = 0;
+#pragma unroll 1
+            for (int i = thread_index(); i < tokens; i += kSampleThreads) {
+                const uint64_t other = key(i);
+                if (other < last) mine = larger(mine, other);
+            }
+        }
+        last = block_largest(s, mine);
+        if (thread_index() == 0) take(n, last);
+    }
 }
 
 // All blocks of the row have come here, and see what the others wrote to global memory. They all run at the same time (the launch is

@@ -9,22 +9,6 @@ namespace engine::cuda {
 
 constexpr int kStatusOk = 0, kStatusNan = 1, kStatusNothingAllowed = 2, kStatusBadParameter = 3;  // STATUS_* of kernels/api.py
 
-// The largest keys of a block's tokens below the last one taken, again and again: `count` of them, or up to a 0. key(i) is that of token i.
-template <class Key>
-ENGINE_DEVICE void list_most_likely(Shared& s, int tokens, int count, uint64_t* out, Key key) {
-    uint64_t last = ~uint64_t{0};
-    for (int n = 0; n < count && last != 0; ++n) {
-        uint64_t best = 0;
-#pragma unroll 1
-        for (int i = thread_index(); i < tokens; i += kSampleThreads) {
-            const uint64_t mine = key(i);
-            if (mine < last) best = larger(best, mine);
-        }
-        last = block_largest(s, best);
-        if (thread_index() == 0) out[n] = last;
-    }
-}
-
 // The lists of all blocks merged: the row's most likely tokens with z at or above `threshold`, and their log-probabilities.
 ENGINE_DEVICE void merge_most_likely(Shared& s, const uint64_t* lists, int members, int length, int64_t count, bool ok, uint32_t threshold,
                                      float largest, float log_mass, int64_t* tokens, float* log_probabilities) {

@@ -72,12 +72,15 @@ ENGINE_DEVICE void sample_row(const SampleArgs& a, Shared& s, RowGroup& g, int m
     block_barrier();
     const int length = static_cast<int>(a.logprobs < row.chunk ? a.logprobs : row.chunk);  // of this block's lists of the most likely
     if (length > 0)
-        list_most_likely(s, row.tokens, length, lists + int64_t{member} * length, [&](int i) {
-            const float x = bits_to_float(z[i]);
-            return x > -kInf ? make_key(ordered(x), static_cast<uint32_t>(row.first + i)) : 0;
-        });
+        for_each_largest(
+            s, row.tokens, length,
+            [&](int i) {
+                const float x = bits_to_float(z[i]);
+                return x > -kInf ? make_key(ordered(x), static_cast<uint32_t>(row.first + i)) : 0;
+            },
+            [&](int n, uint64_t key) { lists[int64_t{member} * length + n] = key; });
     apply_lists(a, row, s, z);
-    divide(a, row, s, z);
+    divide(mask_of(a, row), row, s, z);
     if (me == 0) {
         if (s.flags != 0) atomic_or(&g.flags, s.flags);
         atomic_max(&g.largest, s.largest);
@@ -88,8 +91,10 @@ ENGINE_DEVICE void sample_row(const SampleArgs& a, Shared& s, RowGroup& g, int m
     const Outcome& outcome = s.outcome;
     if (a.logprobs >= 0 && outcome.largest > kOrderedNegInf) add_masses<T>(a, row, s, g, outcome, z);
     if (length > 0)
-        list_most_likely(s, row.tokens, length, lists + (int64_t{a.members} + member) * length,
-                         [&](int i) { return z[i] >= outcome.threshold ? make_key(z[i], static_cast<uint32_t>(row.first + i)) : 0; });
+        for_each_largest(
+            s, row.tokens, length,
+            [&](int i) { return z[i] >= outcome.threshold ? make_key(z[i], static_cast<uint32_t>(row.first + i)) : 0; },
+            [&](int n, uint64_t key) { lists[(int64_t{a.members} + member) * length + n] = key; });
 
     if (outcome.gathered) {
 #pragma unroll 1
@@ -99,7 +104,7 @@ ENGINE_DEVICE void sample_row(const SampleArgs& a, Shared& s, RowGroup& g, int m
             if (slot < kCandidates) g.candidate[slot] = make_key(z[i], static_cast<uint32_t>(row.first + i));
         }
     } else {
-        const uint64_t best = row.is_greedy() ? best_z(s, z, row.first, row.chunk, outcome.threshold)
+        const uint64_t best = row.greedy ? best_z(s, z, row.first, row.chunk, outcome.threshold)
                                               : race(s, z, row.first, row.chunk, row.noise, outcome.threshold);
         if (me == 0) g.best[member] = {best, best != 0 ? z[key_token(best) - static_cast<uint32_t>(row.first)] : 0, 0};
     }
@@ -133,12 +138,16 @@ ENGINE_DEVICE void sample_rows(const SampleArgs& a, unsigned char* memory) {
             row.chunk = static_cast<int32_t>(a.chunk);
             row.first = member * row.chunk;
             row.tokens = row.vocab - row.first < row.chunk ? row.vocab - row.first : row.chunk;
-            row.temperature = a.temperature[r];
+            const float temperature = a.temperature[r];
+            row.greedy = temperature < kGreedyBelow;
+            row.divisor = temperature >= kGreedyBelow ? temperature : 1.0f;
             row.top_k = a.top_k[r];
             row.top_p = a.top_p[r];
             row.min_p = a.min_p[r];
             row.noise = {static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]), static_cast<uint32_t>(a.stream[r])};
-            s.flags = row.is_bad() ? kFlagBad : 0;
+            const bool good = temperature >= 0.0f && temperature < kInf && row.top_p >= 0.0f && row.top_p <= 1.0f && row.min_p >= 0.0f &&
+                              row.min_p <= 1.0f;
+            s.flags = good ? 0 : kFlagBad;
             s.largest = s.raw_largest = 0;
             s.outcome = {0, kOrderedLowest, 0, 0, false};
         }

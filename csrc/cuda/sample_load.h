@@ -173,21 +173,24 @@ ENGINE_DEVICE void apply_lists(const SampleArgs& a, const Row& row, Shared& s, u
     }
 }
 
+// The words of the row's mask, or null.
+ENGINE_DEVICE const uint32_t* mask_of(const SampleArgs& a, const Row& row) {
+    return a.allowed == nullptr ? nullptr : a.allowed + row.index * ((row.vocab + 31) / 32);
+}
+
 // The mask and the temperature; z becomes ordered, without NaN (a row that has one draws nothing). The largest goes to shared memory. A
 // barrier at its end.
-ENGINE_DEVICE void divide(const SampleArgs& a, const Row& row, Shared& s, uint32_t* z) {
-    const float temperature = row.temperature >= kGreedyBelow ? row.temperature : 1.0f;
-    const uint32_t* allowed = a.allowed == nullptr ? nullptr : a.allowed + row.index * ((row.vocab + 31) / 32);
+ENGINE_DEVICE void divide(const uint32_t* allowed, const Row& row, Shared& s, uint32_t* z) {
+    const float divisor = row.divisor;
     uint32_t largest = 0;
     for (int i = 4 * thread_index(); i < row.chunk; i += 4 * kSampleThreads) {
         const int token = row.first + i;
-        uint32_t bits = 15;
-        if (allowed != nullptr && token < row.vocab) bits = allowed[token / 32] >> (token % 32);
+        const uint32_t bits = allowed != nullptr && token < row.vocab ? allowed[token / 32] >> (token % 32) : 15;
         Words four = *reinterpret_cast<const Words*>(z + i);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             float x = (bits >> j & 1) != 0 ? bits_to_float(four.word[j]) : -kInf;
-            if (temperature != 1.0f) x = x / temperature;
+            if (divisor != 1.0f) x = x / divisor;
             four.word[j] = x == x ? ordered(x) : kOrderedNegInf;
             largest = larger(largest, four.word[j]);
         }
