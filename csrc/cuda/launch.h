@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda/sample.h"
+#include "cuda/beam.h"
 
 namespace engine::cuda {
 
@@ -36,5 +36,9 @@ SamplePlan sample_plan(int64_t rows, int64_t vocab, int device);
 
 // One cooperative launch (sample_kernel.h).
 void sample(const SampleArgs& args, int device, uintptr_t stream);
+
+// Likewise for `beam_select` (beam_kernel.h), which needs more shared memory.
+SamplePlan beam_plan(int64_t rows, int64_t vocab, int device);
+void beam_select(const BeamArgs& args, int device, uintptr_t stream);
 
 }  // namespace engine::cuda

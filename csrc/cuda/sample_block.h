@@ -80,6 +80,7 @@ struct alignas(16) Shared {
     uint32_t flags, largest, raw_largest;
     uint32_t chosen;  // z of the chosen token, ordered
     uint32_t is_last;
+    int64_t group;  // of beams, that the row belongs to
 };
 
 ENGINE_DEVICE uint32_t warp_largest(uint32_t x) {
@@ -132,8 +133,8 @@ ENGINE_DEVICE uint64_t block_scan(Shared& s, uint64_t x, uint64_t* total) {
     return before;
 }
 
-// The largest keys of a block's tokens, downwards: `count` of them, or up to a 0. key(i) is that of token i. A thread holds the largest of its
-// own, and looks for another when that is taken.
+// The largest keys of a block's tokens, downwards: `count` of them, or up to a 0. key(i) is that of token i. A thread holds the largest of
+// its own, and looks for another when that is taken.
 template <class Key, class Take>
 ENGINE_DEVICE void for_each_largest(Shared& s, int tokens, int count, Key key, Take take) {
     uint64_t mine = 0, last = ~uint64_t{0};
@@ -168,6 +169,55 @@ ENGINE_DEVICE void row_barrier(RowGroup& g, uint32_t members) {
         fence();
     }
     block_barrier();
+}
+
+// Whether all other blocks of the row are done with it; if so, this one sees what they wrote to global memory.
+ENGINE_DEVICE bool is_last_block(Shared& s, RowGroup& g, uint32_t members) {
+    block_barrier();
+    if (thread_index() == 0) {
+        fence();
+        s.is_last = atomic_add(&g.finished, 1u) == members - 1 ? 1 : 0;
+        fence();
+    }
+    block_barrier();
+    return s.is_last != 0;
+}
+
+// Leave the row's memory as it was found: the last block's part.
+ENGINE_DEVICE void clear(const Shared& s, RowGroup& g) {
+    block_barrier();  // all threads have read what is cleared now
+#pragma unroll 1
+    for (int h = 0; h < 2 * kSelectPasses; ++h) {
+        if ((s.outcome.histograms >> h & 1) == 0) continue;
+#pragma unroll 1
+        for (int b = thread_index(); b < kBins; b += kSampleThreads) {
+            g.counts[h][b] = 0;
+            if (h >= kSelectPasses) g.masses[h - kSelectPasses][b] = 0;
+        }
+    }
+    if (thread_index() == 0) {
+        g.finished = g.flags = g.largest = g.raw_largest = g.candidates = 0;
+        g.mass = g.raw_mass = 0;
+    }
+}
+
+// One thread's part of a row's beginning: what is common to the ops.
+ENGINE_DEVICE void begin_row(const SampleArgs& a, Shared& s, int64_t r, int member) {
+    Row& row = s.row;
+    row.index = r;
+    row.vocab = static_cast<int32_t>(a.vocab);
+    row.chunk = static_cast<int32_t>(a.chunk);
+    row.first = member * row.chunk;
+    row.tokens = row.vocab - row.first < row.chunk ? row.vocab - row.first : row.chunk;
+    row.greedy = false;
+    row.divisor = a.temperature[r];
+    row.top_k = a.top_k[r];
+    row.top_p = 1.0f;
+    row.min_p = 0.0f;
+    row.noise = {a.seed == nullptr ? 0 : static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]),
+                 a.seed == nullptr ? 0 : static_cast<uint32_t>(a.stream[r])};
+    s.flags = s.largest = s.raw_largest = 0;
+    s.outcome = {0, kOrderedLowest, 0, 0, false};
 }
 
 }  // namespace engine::cuda

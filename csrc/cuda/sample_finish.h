@@ -110,20 +110,7 @@ ENGINE_DEVICE void finish(const SampleArgs& a, const Row& row, Shared& s, RowGro
         }
     }
 
-    block_barrier();  // all threads have read what is cleared now
-#pragma unroll 1
-    for (int h = 0; h < 2 * kSelectPasses; ++h) {
-        if ((s.outcome.histograms >> h & 1) == 0) continue;
-#pragma unroll 1
-        for (int b = thread_index(); b < kBins; b += kSampleThreads) {
-            g.counts[h][b] = 0;
-            if (h >= kSelectPasses) g.masses[h - kSelectPasses][b] = 0;
-        }
-    }
-    if (thread_index() == 0) {
-        g.finished = g.flags = g.largest = g.raw_largest = g.candidates = 0;
-        g.mass = g.raw_mass = 0;
-    }
+    clear(s, g);
 }
 
 }  // namespace engine::cuda

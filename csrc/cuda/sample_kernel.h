@@ -105,18 +105,11 @@ ENGINE_DEVICE void sample_row(const SampleArgs& a, Shared& s, RowGroup& g, int m
         }
     } else {
         const uint64_t best = row.greedy ? best_z(s, z, row.first, row.chunk, outcome.threshold)
-                                              : race(s, z, row.first, row.chunk, row.noise, outcome.threshold);
+                                         : race(s, z, row.first, row.chunk, row.noise, outcome.threshold);
         if (me == 0) g.best[member] = {best, best != 0 ? z[key_token(best) - static_cast<uint32_t>(row.first)] : 0, 0};
     }
 
-    block_barrier();
-    if (me == 0) {
-        fence();
-        s.is_last = atomic_add(&g.finished, 1u) == members - 1 ? 1 : 0;
-        fence();
-    }
-    block_barrier();
-    if (s.is_last != 0) finish<T>(a, row, s, g, lists);
+    if (is_last_block(s, g, members)) finish<T>(a, row, s, g, lists);
 }
 
 // All rows of this block's group. `memory`: the block's shared memory, sizeof(Shared) + 4 * chunk bytes.
@@ -132,24 +125,16 @@ ENGINE_DEVICE void sample_rows(const SampleArgs& a, unsigned char* memory) {
     for (int64_t r = group; r < a.rows; r = s.row.index + a.num_groups) {
         if (r != group) row_barrier(g, a.members);  // the last block of the row before has cleared the group's memory
         if (thread_index() == 0) {
+            begin_row(a, s, r, member);
             Row& row = s.row;
-            row.index = r;
-            row.vocab = static_cast<int32_t>(a.vocab);
-            row.chunk = static_cast<int32_t>(a.chunk);
-            row.first = member * row.chunk;
-            row.tokens = row.vocab - row.first < row.chunk ? row.vocab - row.first : row.chunk;
-            const float temperature = a.temperature[r];
+            const float temperature = row.divisor;
             row.greedy = temperature < kGreedyBelow;
-            row.divisor = temperature >= kGreedyBelow ? temperature : 1.0f;
-            row.top_k = a.top_k[r];
+            if (!(temperature >= kGreedyBelow)) row.divisor = 1.0f;
             row.top_p = a.top_p[r];
             row.min_p = a.min_p[r];
-            row.noise = {static_cast<uint64_t>(a.seed[r]), static_cast<uint32_t>(a.position[r]), static_cast<uint32_t>(a.stream[r])};
             const bool good = temperature >= 0.0f && temperature < kInf && row.top_p >= 0.0f && row.top_p <= 1.0f && row.min_p >= 0.0f &&
                               row.min_p <= 1.0f;
             s.flags = good ? 0 : kFlagBad;
-            s.largest = s.raw_largest = 0;
-            s.outcome = {0, kOrderedLowest, 0, 0, false};
         }
         block_barrier();
         sample_row<T>(a, s, g, member, z, lists);
