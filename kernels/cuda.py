@@ -2,8 +2,9 @@
 
 ``sample`` and ``beam_select`` are one cooperative launch each, whatever the filters: the blocks that share a row hold it in their shared
 memory, so that the logits are read once, and find thresholds by histograms that they add up (``csrc/cuda/sample_kernel.h``,
-``beam_kernel.h``). They take everything that the contract has. Nothing waits for the host, and calls can be captured in a CUDA graph: the grid depends on the sizes of the call and on the device
-alone, and the kernel leaves its memory as it found it. A parameter out of range gives its row STATUS_BAD_PARAMETER.
+``beam_kernel.h``). They take everything that the contract has. Nothing waits for the host, and calls can be captured in a CUDA graph: the
+grid depends on the sizes of the call and on the device alone, and the kernel leaves its memory as it found it. A parameter out of range
+gives its row STATUS_BAD_PARAMETER.
 
 When the automatic choice takes these ops is said in ``crossover``.
 """
@@ -220,7 +221,7 @@ class BeamWorkspace:
     ) -> None:
         if not 0 <= max_rows <= MAX_BEAM_ROWS or not 1 <= vocab_size <= checks_sample.MAX_VOCAB or max_groups < 0 or max_candidates < 1:
             raise ValueError(
-                f"a workspace needs max_rows from 0 to {MAX_BEAM_ROWS}, vocab_size from 1 to 2^22, max_groups >= 0 and max_candidates >= 1, "
+                f"a workspace needs max_rows from 0 to {MAX_BEAM_ROWS}, vocab_size from 1 to 2^22, max_groups >= 0, max_candidates >= 1, "
                 f"got {max_rows}, {vocab_size}, {max_groups} and {max_candidates}"
             )
         self.max_rows, self.vocab_size, self.max_groups, self.max_candidates = max_rows, vocab_size, max_groups, max_candidates

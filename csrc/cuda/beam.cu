@@ -9,7 +9,7 @@ namespace engine::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kSampleThreads) beam_kernel(const BeamArgs b) {
+__global__ void __launch_bounds__(kSampleThreads, 1) beam_kernel(const BeamArgs b) {
     extern __shared__ __align__(16) unsigned char memory[];
     beam_rows<T>(b, memory);
 }

@@ -131,8 +131,7 @@ ENGINE_DEVICE void finish_beam(const BeamArgs& b, Shared& s, RowGroup& g, const 
 }
 
 template <class T>
-ENGINE_DEVICE void beam_row(const BeamArgs& b, Shared& s, RowGroup& g, int member, uint32_t* z, uint32_t* scores, uint64_t* keys,
-                            float* key_logprobs) {
+ENGINE_DEVICE void beam_row(const BeamArgs& b, Shared& s, RowGroup& g, uint32_t* z) {
     const SampleArgs& a = b.sample;
     const Row& row = s.row;
     const uint32_t members = static_cast<uint32_t>(a.members);
@@ -167,6 +166,7 @@ ENGINE_DEVICE void beam_row(const BeamArgs& b, Shared& s, RowGroup& g, int membe
     if (me == 0 && s.flags != 0) atomic_or(&g.flags, s.flags);
 
     const uint32_t* allowed = mask_of(a, row);
+    uint32_t* scores = z + row.chunk;
 #pragma unroll 1
     for (int i = me; i < row.chunk; i += kSampleThreads) {
         const int token = row.first + i;
@@ -177,14 +177,15 @@ ENGINE_DEVICE void beam_row(const BeamArgs& b, Shared& s, RowGroup& g, int membe
     }
     block_barrier();
     const int length = static_cast<int>(b.num_candidates < row.chunk ? b.num_candidates : row.chunk);
+    const int64_t mine = int64_t{block_index()} * length, first = mine - int64_t{row.first / row.chunk} * length;
     for_each_largest(
         s, row.tokens, length,
         [&](int i) { return scores[i] > kOrderedNegInf ? make_key(scores[i], static_cast<uint32_t>(row.first + i)) : 0; },
         [&](int n, uint64_t key) {
-            keys[int64_t{member} * length + n] = key;
-            if (key != 0) key_logprobs[int64_t{member} * length + n] = bits_to_float(z[key_token(key) - static_cast<uint32_t>(row.first)]);
+            b.keys[mine + n] = key;
+            if (key != 0) b.key_logprobs[mine + n] = bits_to_float(z[key_token(key) - static_cast<uint32_t>(row.first)]);
         });
-    if (is_last_block(s, g, members)) finish_beam(b, s, g, keys, key_logprobs, length);
+    if (is_last_block(s, g, members)) finish_beam(b, s, g, b.keys + first, b.key_logprobs + first, length);
 }
 
 // All rows of this block's group of blocks. `memory`: the block's shared memory, sizeof(Shared) + 8 * chunk bytes.
@@ -193,9 +194,8 @@ ENGINE_DEVICE void beam_rows(const BeamArgs& b, unsigned char* memory) {
     const SampleArgs& a = b.sample;
     Shared& s = *reinterpret_cast<Shared*>(memory);
     uint32_t* z = reinterpret_cast<uint32_t*>(memory + sizeof(Shared));
-    const int members = static_cast<int>(a.members), team = block_index() / members, member = block_index() % members;
+    const int members = static_cast<int>(a.members), team = block_index() / members;
     RowGroup& g = a.groups[team];
-    const int64_t lists = int64_t{team} * members * (b.num_candidates < a.chunk ? b.num_candidates : a.chunk);
     if (block_index() == 0) fill_empty_groups(b, s);
 #pragma unroll 1
     for (int64_t r = team; r < a.rows; r = s.row.index + a.num_groups) {
@@ -203,12 +203,12 @@ ENGINE_DEVICE void beam_rows(const BeamArgs& b, unsigned char* memory) {
         const bool bad = groups_are_bad(b, s);
         if (thread_index() == 0) {
             const float temperature = a.temperature[r], score = b.scores[r];
-            begin_row(a, s, r, member);
+            begin_row(a, s, r, block_index() % members);
             const bool good = temperature > 0.0f && temperature < kInf && (fabsf(score) <= kLargestAddend || score == -kInf);
             s.flags = (good && !bad ? 0 : kFlagBad) | (bad ? kFlagGroups : 0);
         }
         block_barrier();
-        beam_row<T>(b, s, g, member, z, z + a.chunk, b.keys + lists, b.key_logprobs + lists);
+        beam_row<T>(b, s, g, z);
     }
 }
 

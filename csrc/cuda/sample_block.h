@@ -70,7 +70,7 @@ struct Outcome {
 
 // Shared memory of a block, before the z of its tokens.
 struct alignas(16) Shared {
-    uint32_t counts[kBins];                      // a histogram's; or a bit for each token (sample_lists.h)
+    uint32_t counts[kBins];                      // a histogram's; or a bit for each token (sample_load.h)
     uint32_t mass_low[kBins], mass_high[kBins];  // its masses, as two words: there is no atomic on 64 bits of shared memory that is fast
     uint64_t candidate_weight[kCandidates];
     uint64_t warp[kWarps];

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,13 @@ def build(folder: Path, *flags: str, source_root: Path = ROOT / "csrc") -> ctype
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return ctypes.CDLL(str(library))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Built once for all tests of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        return build(Path(folder))
 
 
 class Emulated:
@@ -90,7 +99,9 @@ class Emulated:
         left[:, 12 : 12 + 2 * 512 + 4 * 256] = 0  # candidates and the members' best, which are written before they are read
         assert not left.any(), "the row's memory is not clean"
 
-    def beam_workspace(self, max_rows: int, vocab_size: int, max_groups: int, max_candidates: int, device: str = "cpu") -> cuda.BeamWorkspace:
+    def beam_workspace(
+        self, max_rows: int, vocab_size: int, max_groups: int, max_candidates: int, device: str = "cpu"
+    ) -> cuda.BeamWorkspace:
         return cuda.BeamWorkspace(max_rows, vocab_size, max_groups, max_candidates, device, plan=self.plan)
 
     def beam_select(
@@ -111,7 +122,21 @@ class Emulated:
         allowed: Any = None,
         workspace: cuda.BeamWorkspace | None = None,
     ) -> BeamResult:
-        given = (logits, scores, group_start, num_candidates, temperature, top_k, position, seed, stream, penalties, bias, end_tokens, allowed)
+        given = (
+            logits,
+            scores,
+            group_start,
+            num_candidates,
+            temperature,
+            top_k,
+            position,
+            seed,
+            stream,
+            penalties,
+            bias,
+            end_tokens,
+            allowed,
+        )
         checks_sample.beam_select(*given)
         rows, groups = len(logits), len(group_start) - 1
         if workspace is None:

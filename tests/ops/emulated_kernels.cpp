@@ -11,7 +11,8 @@ int run(const SampleArgs& a, size_t token_bytes, int order, uint32_t seed, Body 
     emulated::Grid grid(kSampleThreads, sizeof(Shared) + token_bytes * static_cast<size_t>(a.chunk));
     try {
         for (int64_t group = 0; group < a.num_groups; ++group)
-            grid.run(static_cast<int>(group * a.members), static_cast<int>(a.members), static_cast<emulated::Grid::Order>(order), seed, body);
+            grid.run(static_cast<int>(group * a.members), static_cast<int>(a.members), static_cast<emulated::Grid::Order>(order), seed,
+                     body);
     } catch (const std::exception&) {
         return 1;
     }

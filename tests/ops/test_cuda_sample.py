@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +25,16 @@ import triton_cases  # noqa: E402
 needs_compiler = pytest.mark.skipif(emulated.compiler() is None, reason="there is no C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return emulated.build(tmp_path_factory.mktemp("emulated"))
-
-
 @needs_compiler
 @pytest.mark.parametrize("group", emulated_cases.GROUPS)
-def test_emulated_grid_draws_the_oracles_tokens(library: ctypes.CDLL, group: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = emulated_cases.run(library, group, monkeypatch.setattr)
+def test_emulated_grid_draws_the_oracles_tokens(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = emulated_cases.run(emulated.library(), group, monkeypatch.setattr)
     assert outcome["wrong"] == []
     assert outcome["rows"] > 0
 
 
 @needs_compiler
-def test_results_depend_neither_on_the_blocks_nor_on_the_order_of_threads(library: ctypes.CDLL) -> None:
+def test_results_depend_neither_on_the_blocks_nor_on_the_order_of_threads() -> None:
     """To the bit, log-probabilities too."""
     generator = torch.Generator().manual_seed(8)
     rows, vocab = 10, 3000
@@ -51,6 +42,7 @@ def test_results_depend_neither_on_the_blocks_nor_on_the_order_of_threads(librar
     settings: list[dict[str, Any]] = [{}, {"top_k": 700}, {"top_p": 0.9}, {"top_k": 900, "top_p": 0.8}, {"top_k": 20, "top_p": 0.5}]
     columns = {name: [settings[i % 5].get(name, default) for i in range(rows)] for name, default in (("top_k", 0), ("top_p", 1.0))}
     given = triton_cases.arguments(rows, **columns, **sample_cases.lists(rows, vocab, generator), logprobs=3)
+    library = emulated.library()
     first = emulated.Emulated(library, 1, 1, emulated.FORWARD).sample(logits, **given)
     assert set(first.status.tolist()) == {STATUS_OK}
     for members, groups, order in ((1, 3, emulated.BACKWARD), (2, 1, emulated.SHUFFLED), (5, 2, emulated.SHUFFLED)):
@@ -68,14 +60,7 @@ def test_results_depend_neither_on_the_blocks_nor_on_the_order_of_threads(librar
     ],
 )
 def test_mistakes_are_found(tmp_path: Path, file: str, right: str, wrong: str, group: str) -> None:
-    shutil.copytree(emulated.ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, wrong))
-    built = emulated.build(tmp_path, source_root=tmp_path / "csrc")
-    program = [sys.executable, emulated_cases.__file__, str(built._name), group]
-    done = subprocess.run(program, capture_output=True, text=True)
-    assert "the oracle's" in done.stdout or "every thread waits" in done.stderr or done.returncode < 0, done.stderr
+    assert emulated_cases.mistake_is_found(tmp_path, file, right, wrong, group)
 
 
 # ---- arguments, and when it is chosen ----
@@ -123,7 +108,7 @@ def test_it_is_chosen_by_name_until_it_was_measured(monkeypatch: pytest.MonkeyPa
     try:
         assert kernels.select("cuda").sample is not cuda.sample
         assert kernels.select("cuda", "cuda").sample is cuda.sample
-        assert kernels.select("cuda", "cuda").chosen["beam_select"] == "triton"
+        assert kernels.select("cuda", "cuda").chosen["verify_drafts"] == "triton"
     finally:
         kernels.select.cache_clear()
     assert not automatic("sample", CELLS)
