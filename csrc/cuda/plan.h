@@ -28,6 +28,11 @@ inline SamplePlan plan_rows(const void* const (&kernels)[3], int64_t token_bytes
                   of_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                   reserved = attribute(cudaDevAttrReservedSharedMemoryPerBlock);
     rows = std::max<int64_t>(rows, 1);
+    for (const void* kernel : kernels) {
+        // The most that any plan asks for: plans are kept, and one must not take from another.
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(of_block)), "plan");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "plan");
+    }
     // Two blocks to a multiprocessor, so that one loads while the other waits; if the row is too large for that, one.
     for (const int64_t bytes : {std::min(of_sm / 2 - reserved, of_block), of_block}) {
         const int64_t most = std::min((bytes - fixed) / token_bytes / kChunkMultiple * kChunkMultiple, kMaxChunk);
@@ -39,7 +44,6 @@ inline SamplePlan plan_rows(const void* const (&kernels)[3], int64_t token_bytes
         members = ceil_div(vocab, chunk);
         int64_t capacity = 2 * sms;  // of blocks at the same time
         for (const void* kernel : kernels) {
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(fixed + token_bytes * most)), "plan");
             int blocks = 0;
             check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kSampleThreads, size_t(fixed + token_bytes * chunk)),
                   "plan");
