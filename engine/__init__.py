@@ -7,6 +7,7 @@ from .drafters.lookup import PromptLookup, SuffixLookup
 from .drafters.model import DraftModel
 from .kernels import get_num_threads, set_num_threads
 from .outputs import RequestMetrics, RequestOutput, StreamEvent
+from .parallel import Parallel
 from .params import BeamParams, SamplingParams
 from .stats import Stats
 from .step_threads import DecoderClosed, QueueFull
@@ -21,6 +22,7 @@ __all__ = [
     "Draft",
     "DraftModel",
     "Drafter",
+    "Parallel",
     "PromptLookup",
     "QueueFull",
     "RequestMetrics",

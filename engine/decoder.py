@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import kernels as kernels_module
+from . import parallel_runner
 from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
+from .choose_runner import choose_runner
 from .decode.grammar import Grammars
 from .drafters.speculator import Speculator, make_drafters
 from .explain import Explanation, explain
@@ -20,13 +24,15 @@ from .kv_cache import KVCache, block_bytes, size_cache
 from .loop import StepLoop
 from .models.load import load
 from .outputs import RequestOutput, StreamEvent
+from .parallel import Parallel
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
 from .request import Submission
-from .runner import Runner
 from .scheduler import Scheduler
 from .stats import Stats
 from .tokenizer import Tokenizer
+
+MAX_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 class Decoder:
@@ -39,17 +45,22 @@ class Decoder:
         max_position: shorten the model's length, and with it the RoPE tables; default: the model's own.
         origin_config: for a bare checkpoint file of the origin model, what its shapes do not tell, e.g. ``{"n_heads": 12}``.
         dtype: convert the weights of a folder to this on loading; default: as stored.
-        weights: "shared": read where they lie (a live model's changes are seen by the next step, nothing is copied); "packed": an own copy
-            in the kernels' order, faster with several rows a step; "int8" or "int4": that copy quantised, per output channel or in groups
-            of 32 inputs, with activations in int8. Default: "shared" for a live model, "packed" for a path.
+        device: where a model given by path goes, "cpu" or "cuda" (with a number or without); default: a GPU if there is one, else the CPU.
+            A live model stays where it is.
+        weights: "shared": read where they lie (a live model's changes are seen by the next step, nothing is copied); "packed" (CPU only):
+            an own copy in the kernels' order, faster with several rows a step; "int8" or "int4": a copy quantised, per output channel or
+            in groups of 32 inputs, on a CPU with activations in int8; "fp8" (GPU only): in float8_e4m3fn, per output channel. Default:
+            "shared" for a live model and on a GPU, "packed" for a path.
         kv_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a quarter of the memory and reading of float32, for a small
-            error of the logits); default: bfloat16 for bfloat16 weights, else float32.
+            error of the logits), or on a GPU ``torch.float8_e4m3fn`` (likewise); default: bfloat16 for bfloat16 weights, else float32.
         kernels: a backend's name, or "auto" for the fastest present.
+        deterministic: on a GPU compute every row by the same operations in the same order whatever else a step holds, so that outputs do
+            not depend on the batch, on chunks of prompts or on drafts, to the bit. Costs speed there; a CPU always does.
         max_batch_size: most sequences decoded in one step.
-        max_batch_tokens: most query tokens in one step, prompts included.
+        max_batch_tokens: most query tokens in one step, prompts included; default: 512, on a GPU 2048.
         prefill_chunk: most tokens of one prompt in one step; default: ``max_batch_tokens``.
         cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
-            of the free memory.
+            of the free memory, on a GPU 85 % of it.
         block_size: tokens per cache block, a positive multiple of 16.
         prefix_cache: keep computed blocks for requests that begin with the same tokens, until their memory is wanted (see
             ``reset_prefix_cache``); results have the same bits. None: unless ``model`` is a live one, whose weights may change.
@@ -58,6 +69,8 @@ class Decoder:
             drafter (``DraftModel``, ``PromptLookup``, ``SuffixLookup``), or a list of them, of which the first that has a guess is taken.
             How much is drafted for a request follows what pays; see ``speculative``, ``num_assistant_tokens`` and ``verification`` of
             ``SamplingParams``.
+        parallel: the processes that share the model, each with a part of it (tensor parallelism; ``docs/parallel.md``). Each makes a
+            ``Decoder`` of the same model and options; that of rank 0 is used like any other, the others call ``follow``.
 
     Not thread-safe: one thread at a time may use a decoder (any may ask for its ``stats``); ``AsyncDecoder`` is for more. Several
     ``stream`` iterators of one decoder may be interleaved; their requests share its steps.
@@ -71,42 +84,68 @@ class Decoder:
         max_position: int | None = None,
         origin_config: Any = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         weights: str | None = None,
         kv_dtype: torch.dtype | None = None,
         kernels: str = "auto",
+        deterministic: bool = False,
         max_batch_size: int = 64,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         prefill_chunk: int | None = None,
         cache_tokens: int | None = None,
         block_size: int = 16,
         prefix_cache: bool | None = None,
         draft: Any = None,
+        parallel: Parallel | None = None,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens), ("block_size", block_size),
             ("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens), ("max_position", max_position),
         ):  # fmt: skip
-            required = name in ("max_batch_size", "max_batch_tokens", "block_size")
+            required = name in ("max_batch_size", "block_size")
             if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
-            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16 or torch.int8")
+            raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16, torch.int8 or torch.float8_e4m3fn")
         if prefix_cache is not None and not isinstance(prefix_cache, bool):
             raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
-        self.ops = kernels_module.select("cpu", kernels)
-        loaded = load(model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights)
-        self.model = loaded.model
-        self.config = config = loaded.config
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic is {deterministic!r}; it must be True or False")
+        if not isinstance(parallel, (Parallel, type(None))):
+            raise TypeError(f"parallel is a {type(parallel).__name__}; it must be a Parallel or None")
+        if parallel is not None and parallel.taken:
+            raise ValueError(f"parallel is {parallel!r} of another Decoder; every Decoder needs a Parallel() of its own")
+        if parallel is not None:
+            parallel.taken = True
+        self.parallel = parallel
+        with nullcontext() if parallel is None else parallel.together():
+            loaded = load(
+                model, ops=lambda device_type: kernels_module.select(device_type, kernels, deterministic), dtype=dtype,
+                max_position=max_position, origin_config=origin_config, weights=weights, device=device, parallel=parallel,
+            )  # fmt: skip
+            self.model = loaded.model
+            self.ops = self.model.ops
+            self.config = config = loaded.config
+            on = self.model.device
+            if max_batch_tokens is None:
+                max_batch_tokens = max(MAX_BATCH_TOKENS[on.type], max_batch_size)
+            if kv_dtype is None:
+                kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
+            own = self.model.config
+            bytes_per_block = block_bytes(own.num_layers, own.num_kv_heads, own.head_dim, block_size, kv_dtype)
+            num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block, on)
+            if parallel is not None:
+                num_blocks = parallel_runner.agree(
+                    parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
+                    max_batch_tokens=max_batch_tokens, kernels=self.ops.chosen,
+                )  # fmt: skip
+                weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name
         source = tokenizer if tokenizer is not None else loaded.tokenizer_path
         self.tokenizer = None if source is None else Tokenizer(source)
         self.grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
-        if kv_dtype is None:
-            kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
-        bytes_per_block = block_bytes(config.num_layers, config.num_kv_heads, config.head_dim, block_size, kv_dtype)
-        num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
         cache = KVCache(
-            config.num_layers, config.num_kv_heads, config.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype
+            own.num_layers, own.num_kv_heads, own.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=on
         )
         scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
@@ -116,9 +155,10 @@ class Decoder:
             prefix_cache=not isinstance(model, torch.nn.Module) if prefix_cache is None else prefix_cache,
         )
         speculator = None
-        if draft is not None:
+        if draft is not None and not self._follows:
             speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
-        self.loop = StepLoop(self.ops, scheduler, cache, Runner(self.model, cache, block_size), speculator)
+        runner = choose_runner(self.model, cache, scheduler, config.max_position, parallel)
+        self.loop = StepLoop(self.ops, scheduler, cache, runner, speculator)
 
     @classmethod
     def bundled(cls, **options: Any) -> Decoder:
@@ -292,6 +332,28 @@ class Decoder:
         rows = [torch.tensor(output.token_ids) for output in outputs]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
+    @property
+    def _follows(self) -> bool:
+        return self.parallel is not None and self.parallel.rank > 0
+
+    def follow(self) -> None:
+        """On ranks above 0 of ``parallel``: compute this rank's part of every step that the decoder of rank 0 runs, until that is closed.
+
+        Raises ``RuntimeError`` where there is nobody to follow, and ``ConnectionError`` if another rank has failed or gone; after what goes
+        wrong here the others cannot go on either.
+        """
+        if self.parallel is None or not self._follows:
+            raise RuntimeError(f"follow() is for ranks above 0 of a Decoder(parallel=...); this is {self.parallel or 'not parallel'}")
+        runner = self.loop.runner
+        assert isinstance(runner, parallel_runner.FollowingRunner)
+        runner.follow()
+
+    def close(self) -> None:
+        """Of a ``parallel`` decoder: let the other ranks go; no further step can be run. Also happens when it is collected, and at the
+        interpreter's end. Any other decoder has nothing to close."""
+        if self.parallel is not None:
+            parallel_runner.leave(self.parallel)
+
     def explain(self, batch_size: int = 1, context: int | None = None, steps: int | None = None) -> Explanation:
         """Where the time of a step of decoding goes: runs some, of made-up prompts, and times their parts.
 
@@ -306,7 +368,7 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: an argument cannot be, or the cache does not hold such sequences.
-            RuntimeError: the decoder has unfinished requests, or a step failed.
+            RuntimeError: the decoder has unfinished requests, a step failed, or the model is in parts (``parallel``).
         """
         return explain(self, batch_size, context, steps)
 
@@ -329,6 +391,8 @@ class Decoder:
 
         ``submitted_at``: when the call was made, by ``time.perf_counter``; None: now. Order, timeout and times count from then.
         """
+        if self._follows:
+            raise RuntimeError(f"{caller} is for rank 0 of the parallel decoder; this is {self.parallel!r}, which can only follow()")
         check_terms(priority, timeout, cache_salt)
         clock = self.loop.scheduler.clock
         if submitted_at is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Ops, limits
-from .kernels.packed import INTEGER_FORMATS, PackedWeight
+from .kernels.packed import INTEGER_FORMATS
 from .models.transformer import Transformer
 from .plan import StepPlan
 
@@ -248,7 +248,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
 class Setting:
     """What of a decoder advice may change."""
 
-    weights: str  # a format of kernels.packed, or "shared": rows where they lie
+    weights: str  # a format of kernels.packed or kernels.quantized, or "shared": rows where they lie
     kv_dtype: torch.dtype
     batch_size: int
     max_batch_size: int
@@ -302,12 +302,14 @@ def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_
         return f"{reads} for a single row: draft=... verifies several tokens in one read, or {setting.larger_batches}"
     if setting.weights == "int4":
         return f"{reads}, which are int4 already: {setting.larger_batches}"
-    smaller = "int4" if setting.weights == "int8" else "int8"
+    smaller = "int4" if setting.weights in ("int8", "fp8") else "int8"
     return f"{reads}: weights='{smaller}' makes them fewer bytes, for an error of the logits; {setting.larger_batches} costs none"
 
 
 def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int | None) -> Explanation:
     """See ``Decoder.explain``."""
+    if decoder.parallel is not None:
+        raise RuntimeError(f"explain() times a model that is whole; of this one there is {decoder.parallel!r} here")
     loop = decoder.loop
     if isinstance(batch_size, int) and batch_size > 0:
         room = min(decoder.config.max_position, loop.pool.num_blocks // batch_size * loop.pool.block_size)
@@ -324,6 +326,8 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
+    if decoder.model.device.type != "cpu":
+        raise RuntimeError("explain() times the kernels of a CPU; benchmarks/run.py --device cuda holds those of a GPU against its limits")
     if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
     assert context is not None and steps is not None
@@ -339,7 +343,7 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
         raise RuntimeError(f"no step had all {batch_size} sequences; steps is {steps}, and prompts or cache may take more than one")
     head = decoder.model.weights.head
     setting = Setting(
-        head.format if isinstance(head, PackedWeight) else "shared",
+        "shared" if isinstance(head, torch.Tensor) else head.format,
         loop.cache.dtype,
         batch_size,
         loop.scheduler.max_batch_size,

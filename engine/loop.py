@@ -17,7 +17,7 @@ from .outputs import FinishReason, RequestOutput, StreamEvent
 from .pace import Pace
 from .plan import StepPlan
 from .request import Drawn, Request
-from .runner import Runner
+from .runner import PENDING, Runner, Started
 from .scheduler import Scheduler
 from .stats import Meter, Stats
 
@@ -48,6 +48,7 @@ class StepLoop:
         self.pace = Pace()
         self.meter = Meter()
         self._stepping = False
+        self._started: Started | None = None  # the last step, while its tokens are on their way: only of a runner that can feed them
 
     @property
     def num_steps(self) -> int:
@@ -105,6 +106,7 @@ class StepLoop:
         """See ``Decoder.reset_prefix_cache``."""
         if self._stepping:
             raise RuntimeError("this decoder is in the middle of a step; its prefix cache can be reset between two")
+        self._settle_started()
         self.scheduler.reset_prefix_cache()
 
     def step(self) -> None:
@@ -121,8 +123,26 @@ class StepLoop:
         self.meter.begin()
         for request in self.scheduler.expired():
             self._finish(request, "abort", error=f"the request has run into its timeout of {request.timeout:g} seconds")
+        started = self._started
+        try:
+            if started is not None and self.speculator is None and self.runner.can_feed(started):
+                plan = self._step_ahead(started)
+            else:
+                plan = self._step_in_turn()
+        except BaseException:
+            # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
+            # tokens they have, and by the token law draw what they would have drawn.
+            self._started = None
+            self.scheduler.preempt_running()
+            raise
+        if plan is not None:
+            self._note(plan, self.meter.end())
+
+    def _step_in_turn(self) -> StepPlan | None:
+        """A step that begins when the one before it is done; returns its plan, or None if there is none or it has failed."""
+        self._settle_started()
         if not self.scheduler.has_work:
-            return
+            return None
         if self.speculator is not None:
             self.speculator.propose(self.scheduler.running)
             self.meter.lap("draft")
@@ -130,18 +150,61 @@ class StepLoop:
         self.meter.lap("plan")
         if not plan.sequences:
             assert not self.scheduler.has_work, "requests wait, yet none can be scheduled"
-            return
+            return None
         try:
             self._execute(plan)
         except Exception as error:
             self._fail(plan, error)
-            return
-        except BaseException:
-            # What of this step is in the cache, and who has had a token, is not certain: all running requests start over from the
-            # tokens they have, and by the token law draw what they would have drawn.
-            self.scheduler.preempt_running()
-            raise
-        seconds = self.meter.end()
+            return None
+        return plan
+
+    def _step_ahead(self, before: Started) -> StepPlan | None:
+        """A step that begins while the tokens of the one before are on their way; returns the plan of that one, whose time this was.
+
+        While it is planned, a token that stands for the one to come lets a request count as what it is about to be: longer by one token,
+        whatever that will be. Whose last token is on its way has none, and nothing to compute. Requests that turn out to have ended are
+        computed once too often, which nobody reads.
+        """
+        ahead = [row for row in before.plan.drawing if not row.finished and row.num_new_tokens + 1 < row.max_new_tokens]
+        plan, failure = None, None
+        try:
+            for request in ahead:
+                request.tokens.append(PENDING)
+            plan = self.scheduler.plan(self.pace.prompt_tokens)
+            self.meter.lap("plan")
+            self._started = self.runner.start(plan) if plan.sequences else None
+            self.meter.lap("forward")
+        except Exception as error:
+            failure = error
+        finally:
+            for request in ahead:
+                if request.tokens[-1] == PENDING:
+                    request.tokens.pop()
+        started, self._started = self._started, None
+        self._settle_safely(before)
+        if plan is not None and failure is not None:
+            self._fail(plan, failure)
+        elif failure is not None:
+            raise failure
+        elif plan is not None and plan.sequences:
+            self.scheduler.commit(plan)
+            self._started = started
+        return before.plan
+
+    def _settle_started(self) -> None:
+        """Wait for the tokens that are on their way, if any are."""
+        started, self._started = self._started, None
+        if started is not None:
+            self._settle_safely(started)
+
+    def _settle_safely(self, started: Started) -> None:
+        try:
+            self._settle(started)
+        except Exception as error:
+            self._fail(started.plan, error)
+
+    def _note(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from the time of a step."""
         shares = [scheduled.num_tokens for scheduled in plan.sequences]
         num_prompt_tokens = sum([n for n in shares if n > 1])
         rows = shares.count(1)
@@ -163,20 +226,32 @@ class StepLoop:
             self._finish(request, "error", error=f"a step with this request failed with {type(error).__name__}: {said(error)}")
 
     def _execute(self, plan: StepPlan) -> None:
-        logits = self.runner.run(plan)
+        started = self.runner.start(plan)
         self.meter.lap("forward")
         self.scheduler.commit(plan)
         self.meter.lap("commit")
-        if logits is None:
-            return
+        if self.speculator is None and self.runner.can_feed(started):
+            self._started = started
+        else:
+            self._settle(started)
+
+    def _settle(self, started: Started) -> None:
+        """Give the requests of a step their tokens; those that have ended meanwhile get none."""
+        plan, logits = started.plan, started.logits
         if plan.drawing:
-            drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
-            verdicts = speculate.verdicts(self.ops, plan, logits, drawn)
+            if started.draw is not None:
+                drawn = started.draw.result()
+            else:
+                assert logits is not None
+                drawn = self.sampler.draw(logits[: len(plan.drawing)] if plan.beams else logits, plan.drawing)
+            verdicts = speculate.verdicts(self.ops, plan, logits, drawn, self.runner.device)
             self.meter.lap("sample")
             for verdict in verdicts:
-                self._carry_out(verdict)
+                if not verdict.request.finished:
+                    self._carry_out(verdict)
             self.meter.lap("commit")
         if plan.beams:
+            assert logits is not None
             choices = choose(self.ops, logits[len(plan.drawing) :] if plan.drawing else logits, plan.beams)
             self.meter.lap("sample")
             for choice in choices:
@@ -211,7 +286,7 @@ class StepLoop:
             if moved:
                 table, size = request.block_table, self.pool.block_size
                 sources, targets = ([table[i // size] * size + i % size for i in places] for places in zip(*moved, strict=True))
-                self.cache.move_tokens(self.ops, sources, targets)
+                self.runner.move_tokens(sources, targets)
             self.scheduler.accept(request, verdict.num_accepted)
 
     def _advance(self, request: Request, drawn: Drawn) -> None:

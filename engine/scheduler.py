@@ -123,6 +123,9 @@ class Scheduler:
             if seen != len(self.running):  # at first, and after a preemption
                 seen, owed = len(self.running), sum(behind.num_sequences for behind in self.running[position:])
             owed -= request.num_sequences
+            if not request.searches and not request.num_missing:
+                position += 1
+                continue  # its last token is on its way
             limit = budget - owed
             decodes = request.decodes
             if not decodes:
@@ -321,6 +324,8 @@ class Scheduler:
         counted: Request | None = None
         for scheduled in plan.sequences:
             request, sequence = scheduled.request, scheduled.sequence
+            if request.finished:
+                continue  # since the step began
             sequence.num_computed = scheduled.end
             self._remember(request, sequence, scheduled.start)
             if sequence.num_computed == request.shared:

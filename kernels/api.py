@@ -10,11 +10,12 @@ Words used throughout:
 * ``key_cache [num_blocks, num_kv_heads, block_size // 16, head_dim, 16]``: within a sub-block of 16 tokens the tokens are contiguous,
   so that scores of 16 keys come from vector loads without horizontal sums.
 * ``value_cache [num_blocks, num_kv_heads, block_size, head_dim]``.
-* An int8 cache holds a token's keys (values) of a KV head as integers of at most 127 in size times one float32 scale. Both caches are
-  ``[num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16]``: after the ``16 * head_dim`` bytes of a sub-block, ordered as above,
-  lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest magnitude / 127; the integers are the
-  elements / scale, rounded to the nearest (ties to even). Where an element is not finite the scale is NaN; where it is NaN or 0 (also by
-  underflow) the integers are 0.
+* An int8 or float8_e4m3fn cache holds a token's keys (values) of a KV head as numbers of at most ``limit`` in size (127, and 448) times
+  one float32 scale. Both caches are ``[num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16]``: after the ``16 * head_dim`` bytes
+  of a sub-block, ordered as above, lie the 16 scales of its tokens, so that they come in the same stream. A scale is the largest
+  magnitude / limit; the numbers are the elements / scale, within the limit, rounded to the nearest (ties to even). Where an element is not
+  finite the scale is NaN; where it is NaN or 0 (also by underflow) the numbers are 0. float8_e4m3fn is for GPUs (compute capability 8.9
+  and later) and for the oracle.
 * *Activations* are float32; on a GPU (and for the oracle) they may also be bf16 or fp16. A result has its input's dtype unless its op says
   otherwise. What flows past the layers, the residual, is float32 everywhere.
 * Row-invariance: every op computes a row of its result with the same operations in the same order whatever other rows are in the call
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 from .registry import default_ops
 
 GREEDY_BELOW = 1e-5  # temperatures of ``sample`` below this are greedy
@@ -92,6 +94,21 @@ class SampleResult(NamedTuple):
     processed_top_logprobs: Tensor | None = None  # float32 [R, n]
 
 
+class HeadDraw(NamedTuple):
+    """What ``sample_head`` returns: what one *shard*, a range of the vocabulary, says of each row. ``merge_draws`` makes the row of all.
+
+    ``[2, R]``: for the raw logits, and for the processed ones, those divided by the temperature. ``mass`` beside ``largest`` instead of
+    one logarithm of a sum: so logits of any size keep all their digits, and +inf, which share the probability, can be counted.
+    """
+
+    tokens: Tensor  # int64 [R]: the shard's token with the best score; -1 where status is not STATUS_OK
+    status: Tensor  # int32 [R]; STATUS_*, of the shard alone
+    scores: Tensor  # float32 [R]: logit / temperature - log(E), or the logit where greedy; -inf where there is no token
+    logprobs: Tensor  # float32 [2, R]: of the token, were the shard the whole vocabulary; NaN where there is none
+    largest: Tensor  # float32 [2, R]: the largest logit; -inf where there is no token
+    mass: Tensor  # float32 [2, R]: the sum of exp(logit - largest), +inf counted as 1 each; 0 where there is no token
+
+
 class BeamResult(NamedTuple):
     """What ``beam_select`` returns: the best continuations of each group, best first."""
 
@@ -112,17 +129,18 @@ class VerifyResult(NamedTuple):
     status: Tensor | None = None  # int32 [S]
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
-    """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
+    """Rows of ``table [V, H]`` (fp32, bf16, fp16, or packed or quantised, dequantised) at ``tokens [T]`` (int32) as float32 ``[T, H]``.
 
-    Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``.
+    Token ids are the caller's promise (validated at admission); an id outside ``[0, V)`` raises ``ValueError``, on a GPU, where values are
+    not read before the launch, it gives a row of NaN.
     """
     return default_ops("tokens", tokens).embed(tokens, table)
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -131,9 +149,9 @@ def linear(
     """``concat_i(x @ weights[i].T + biases[i]) + residual``, of the dtype of x; with ``residual`` float32; with ``out`` that of ``out``.
 
     ``x [M, K]`` activations, unit stride in K, any row stride. ``weights[i] [N_i, K]``, all of one kind: contiguous tensors of one dtype
-    (fp32, bf16 or fp16), read in the model's own storage; or ``PackedWeight`` of one format. ``biases[i] [N_i]`` of the weights' dtype or
-    fp32 (beside packed weights any of the three). ``residual`` and ``out`` are ``[M, sum N_i]`` contiguous and float32 (without
-    ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
+    (fp32, bf16 or fp16), read in the model's own storage; or, of one format, ``PackedWeight`` (for a CPU) or ``QuantizedWeight`` (for a
+    GPU). ``biases[i] [N_i]`` of the weights' dtype or fp32 (beside packed and quantised weights any of the three). ``residual`` and ``out``
+    are ``[M, sum N_i]`` contiguous and float32 (without ``residual``, ``out`` may have the dtype of x too); ``out`` may be ``residual``.
 
     Floats accumulate in float32. Each output is a function of its own x row and weight row only (row-invariance): in rows, K is cut at
     fixed absolute places and lanes and partial sums are added in one fixed order; in panels, an output is one chain of fused multiply-adds
@@ -141,9 +159,12 @@ def linear(
     instruction, rounds twice). Beside panels of bf16, x is rounded to bf16 (to nearest even), and of two neighbours along K the second is
     added first: the arithmetic of x86's vdpbf16ps, which is used where the machine has it (and takes subnormal numbers for zeros).
 
-    With int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as LLM.int8 and
-    its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in float32. The
-    result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
+    With packed int8 and int4 weights a row of x is quantised too, to int8 with one scale per group along K (``ACTIVATION_GROUP``: as
+    LLM.int8 and its successors do per row, Dettmers et al. 2022); sums within a group are exact integers, groups are added in order in
+    float32. The result is the same to the bit on every machine. A row with NaN or an infinity gives NaN throughout.
+
+    Beside ``QuantizedWeight`` x stays as it is, and the weights take its dtype: the integers of int8 and the numbers of fp8 without any
+    rounding (their scale multiplies the sum), of int4 their products with the scales, rounded.
     """
     return default_ops("x", x).linear(x, weights, biases, residual=residual, out=out)
 
@@ -178,7 +199,8 @@ def rope_append(
     int32 ``[T]``. ``cos``, ``sin``: float32 ``[max_position, rot / 2]`` with ``rot <= D`` even; components past ``rot`` pass unrotated
     (RoPE, Su et al. 2021). ``interleaved`` pairs components (0,1),(2,3)...; otherwise (i, i + rot/2), each pair turned by table column i.
     ``q_norm`` and ``k_norm [D]`` (both or neither): RMS normalisation of each head before the rotation (Qwen3). Caches are fp32, bf16
-    (round to nearest even) or int8. A slot of -1 writes nothing.
+    (round to nearest even), int8 or float8_e4m3fn. A slot of -1 writes nothing. Positions and slots out of range raise ``ValueError``, on
+    a GPU, where values are not read before the launch, they neither turn nor write.
     """
     return default_ops("qkv", qkv).rope_append(
         qkv, positions, slots, cos, sin, key_cache, value_cache,
@@ -226,10 +248,29 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
     """Copy the keys and values of single tokens between slots, in all layers; all are read before any is written.
 
     ``key_cache [num_layers, num_blocks, num_kv_heads, block_size // 16, head_dim, 16]`` and ``value_cache [num_layers, num_blocks,
-    num_kv_heads, block_size, head_dim]``, contiguous; of int8 likewise the caches of all layers, whose scales move too. ``source``,
-    ``target``: slots, int32 ``[N]``; the targets distinct.
+    num_kv_heads, block_size, head_dim]``, contiguous; with scales likewise the caches of all layers, whose scales move too. ``source``,
+    ``target``: slots, int32 ``[N]``; the targets distinct. Slots out of range raise ``ValueError``; on a GPU, where values are not read
+    before the launch, their entry moves nothing.
     """
     default_ops("key_cache", key_cache).move_tokens(key_cache, value_cache, source, target)
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy whole blocks, in all layers; in no order, so that no block may be read that the same call writes.
+
+    Caches as of ``move_tokens``. ``source``, ``target``: blocks, int32 ``[N]``; the targets distinct and none of them among the sources,
+    else ``ValueError`` (on a GPU: the caller's promise). Blocks out of range raise ``ValueError``; on a GPU their entry copies nothing.
+    """
+    default_ops("key_cache", key_cache).copy_blocks(key_cache, value_cache, source, target)
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    """In place ``tokens[i] = drawn[source[i]]`` where ``source[i] >= 0``: tokens go from the step that drew them to the next one.
+
+    ``tokens``, ``source``: int32 ``[T]``; ``drawn``: int64 ``[R]``, as ``sample`` returns them. A source of -1 leaves its token; others
+    outside ``[0, R)`` raise ``ValueError``; on a GPU, where values are not read before the launch, they leave it too.
+    """
+    default_ops("tokens", tokens).feed_tokens(tokens, source, drawn)
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -285,6 +326,27 @@ def sample(
         logits, temperature, top_k, top_p, min_p, seed, position, stream, penalties=penalties, bias=bias, end_tokens=end_tokens,
         allowed=allowed, logprobs=logprobs, workspace=workspace,
     )  # fmt: skip
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    """The LM head and the draw from its logits in one, for rows without filters, lists and masks (FlashSampling, arXiv 2603.15854).
+
+    ``x [R, K]`` and ``head [V, K]`` as in ``linear``, whose float32 result are the logits. They are those of the tokens ``first_token`` to
+    ``first_token + V - 1`` (at most 2^22) of the vocabulary: noise belongs to these ids. ``temperature``, ``seed``, ``position`` and
+    ``stream`` as in ``sample``, whose steps 3 and 7 the draw is, with its rules for NaN, infinities and ties. So ``merge_draws`` of the
+    draws of one shard or several is what ``sample`` gives for the whole row of logits with its filters off, to the bit in the tokens where
+    the logits have the same bits.
+    """
+    return default_ops("x", x).sample_head(x, head, temperature, seed, position, stream, first_token=first_token)
 
 
 def beam_select(

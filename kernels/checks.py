@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATION_DTYPES = WEIGHT_DTYPES  # of which the C++ kernels have float32 only
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-SCALE_BYTES = 4  # of a token's scale in an int8 cache
+SCALED_DTYPES = (torch.int8, torch.float8_e4m3fn)  # of caches in which each token has a scale
+CACHE_DTYPES = (torch.float32, torch.bfloat16, *SCALED_DTYPES)
+SCALE_BYTES = 4  # of a token's scale
+_STORED = (PackedWeight, QuantizedWeight)  # matrices that are no tensors
 _F32 = (torch.float32,)
 _I32 = (torch.int32,)
 _I64 = (torch.int64,)
@@ -60,9 +63,9 @@ def _device(first: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name} is on {t.device} while the first argument is on {device}")
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> None:
     _plain("tokens", tokens, _I32, 1, "[T]")
-    if isinstance(table, PackedWeight):
+    if isinstance(table, _STORED):
         _device(tokens, (("table", table.data),))
         return
     _plain("table", table, WEIGHT_DTYPES, 2, "[V, H]")
@@ -71,7 +74,7 @@ def embed(tokens: Tensor, table: Tensor | PackedWeight) -> None:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -80,7 +83,7 @@ def linear(
     _dtype("x", x, ACTIVATION_DTYPES)
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with unit stride in K, got shape {tuple(x.shape)} with strides {x.stride()}")
-    if isinstance(weights, (Tensor, PackedWeight)):
+    if isinstance(weights, (Tensor, *_STORED)):
         raise TypeError("weights must be a list of matrices, got a single one: pass [weight]")
     if not weights:
         raise ValueError("weights must hold at least one matrix, got none")
@@ -89,7 +92,7 @@ def linear(
     width = 0
     kind = _kind(weights[0])
     for i, w in enumerate(weights):
-        if isinstance(w, PackedWeight):
+        if isinstance(w, _STORED):
             bias_dtypes: tuple[torch.dtype, ...] = WEIGHT_DTYPES
         else:
             _plain(f"weights[{i}]", w, WEIGHT_DTYPES, 2, "[N, K]")
@@ -114,8 +117,10 @@ def linear(
     return width
 
 
-def _kind(weight: Tensor | PackedWeight) -> str:
-    return f"packed {weight.format}" if isinstance(weight, PackedWeight) else str(weight.dtype)
+def _kind(weight: Tensor | PackedWeight | QuantizedWeight) -> str:
+    if isinstance(weight, Tensor):
+        return str(weight.dtype)
+    return f"{'packed' if isinstance(weight, PackedWeight) else 'quantised'} {weight.format}"
 
 
 def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
@@ -144,7 +149,7 @@ class CacheShape(NamedTuple):
 def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
     """Check the two caches against each other and return their sizes."""
     _dtype("key_cache", key_cache, CACHE_DTYPES)
-    scaled = key_cache.dtype == torch.int8
+    scaled = key_cache.dtype in SCALED_DTYPES
     layout = f"[num_blocks, num_kv_heads, block_size / 16, head_dim{' + 4' if scaled else ''}, 16]"
     _plain("key_cache", key_cache, CACHE_DTYPES, 5, layout)
     num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
@@ -167,8 +172,19 @@ def cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape:
     return CacheShape(num_blocks, num_kv_heads, block_size, head_dim)
 
 
-def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> CacheShape:
-    """The sizes of one layer."""
+def cache_limit(dtype: torch.dtype) -> float:
+    """The largest number that an element of a cache with scales holds."""
+    return float((torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max)
+
+
+def device_has(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` where a GPU has no instructions for a cache of ``dtype``."""
+    if dtype == torch.float8_e4m3fn and device.type == "cuda" and (have := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(f"a cache of float8_e4m3fn needs compute capability 8.9 or later, and {device} has {have[0]}.{have[1]}")
+
+
+def copies(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> CacheShape:
+    """Check the arguments of ``move_tokens`` and of ``copy_blocks``, and return the sizes of one layer."""
     for name, t in (("key_cache", key_cache), ("value_cache", value_cache)):
         if t.dim() < 1:
             raise ValueError(f"{name} must have a first dimension num_layers, got {tuple(t.shape)}")
@@ -184,11 +200,28 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
     return sizes
 
 
+def chains(source: list[int], target: list[int]) -> None:
+    """Raise ``ValueError`` unless the blocks that are written are distinct and none of them is read."""
+    seen = set(source)
+    for i, block in enumerate(target):
+        if block in seen:
+            raise ValueError(f"target must hold distinct blocks that are not in source, got {block} at {i}")
+        seen.add(block)
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    for name, t, dtypes, meaning in (("tokens", tokens, _I32, "[T]"), ("source", source, _I32, "[T]"), ("drawn", drawn, _I64, "[R]")):
+        _plain(name, t, dtypes, 1, meaning)
+    if source.shape != tokens.shape:
+        _shape("source", source, tuple(tokens.shape), "[T]")
+    _device(tokens, (("source", source), ("drawn", drawn)))
+
+
 def _usual_cache(key_cache: Tensor, value_cache: Tensor) -> CacheShape | None:
     num_blocks, num_kv_heads, sub_blocks, head_dim, lanes = key_cache.shape
     block_size = sub_blocks * SUB_BLOCK
     values: tuple[int, ...] = (num_blocks, num_kv_heads, block_size, head_dim)
-    if key_cache.dtype is torch.int8:
+    if key_cache.dtype in SCALED_DTYPES:
         values = key_cache.shape
         head_dim -= SCALE_BYTES
     if (

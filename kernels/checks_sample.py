@@ -1,4 +1,5 @@
-"""Argument checks of ``sample``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the argument.
+"""Argument checks of ``sample``, ``sample_head``, ``masses`` and ``beam_select``, shared by the backends: one clear error that names the
+argument.
 
 The functions named like an op look at types, shapes, strides and devices, which costs no look into a tensor. ``values`` and
 ``beam_values`` read what is in the tensors; on a GPU that would wait for the device, so its backend gives such rows STATUS_BAD_PARAMETER.
@@ -11,7 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import checks
 from .api import EndTokens, LogitBias, Penalties
+from .packed import PackedWeight
+from .quantized import QuantizedWeight
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 1 << 22  # sums of so many weights of 2^40 stay below 2^62
@@ -146,6 +150,37 @@ def sample(
             raise ValueError(f"logprobs must be None or from 0 to V = {vocab}, got {logprobs}")
 
 
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    first_token: int,
+) -> None:
+    """Check everything that can be seen from outside the tensors."""
+    checks.linear(x, (head,), None, None, None)
+    each = (len(x),)
+    expect(
+        [
+            Expected("temperature", temperature, torch.float32, each, "[R]"),
+            Expected("seed", seed, torch.int64, each, "[R]"),
+            Expected("position", position, torch.int32, each, "[R]"),
+            Expected("stream", stream, torch.int32, each, "[R]"),
+        ],
+        x.device,
+        "x",
+    )
+    if isinstance(first_token, bool) or not isinstance(first_token, int):
+        raise TypeError(f"first_token must be an integer, got {first_token!r}")
+    vocab = head.shape[0]
+    if vocab < 1:
+        raise ValueError(f"head must be [V, K] with V >= 1, got {tuple(head.shape)}")
+    if not 0 <= first_token <= MAX_VOCAB - vocab:
+        raise ValueError(f"first_token must be in [0, 2^22 - V = {MAX_VOCAB - vocab}], got {first_token}")
+
+
 def masses(
     logits: Tensor,
     temperature: Tensor,
@@ -214,10 +249,15 @@ def values(
     end_tokens: EndTokens | None,
 ) -> None:
     """Check what the tensors of ``sample`` hold."""
-    _all("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and >= 0")
+    temperature_values(temperature)
     _all("top_p", top_p, (top_p >= 0) & (top_p <= 1), "in [0, 1]")
     _all("min_p", min_p, (min_p >= 0) & (min_p <= 1), "in [0, 1]")
     _list_values(vocab, penalties, bias, end_tokens)
+
+
+def temperature_values(temperature: Tensor) -> None:
+    """Check what the ``temperature`` of ``sample`` and ``sample_head`` holds."""
+    _all("temperature", temperature, (temperature >= 0) & temperature.isfinite(), "finite and >= 0")
 
 
 def beam_values(

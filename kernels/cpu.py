@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, checks_sample, checks_verify
-from .api import BeamResult, EndTokens, LogitBias, Penalties, SampleResult, VerifyResult
+from . import checks, checks_sample, checks_verify, reference
+from .api import BeamResult, EndTokens, HeadDraw, LogitBias, Penalties, SampleResult, VerifyResult
 from .packed import PackedWeight
+from .quantized import QuantizedWeight
+from .reference_head import draw
 
 _cpu: Any = None
 _reason: str | None = None
@@ -64,12 +66,19 @@ def _float32(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be float32, got {t.dtype}")
 
 
+def _cache_dtype(key_cache: Tensor) -> int:
+    try:
+        return _CACHE_DTYPE[key_cache.dtype]
+    except KeyError:
+        raise TypeError(f"key_cache is {key_cache.dtype}, which is for GPUs; the C++ kernels have float32, bfloat16 and int8") from None
+
+
 # ---- linear ----
 
 
 def _linear_plan(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -102,7 +111,7 @@ def _linear_plan(
             continue
         if bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
             return None
-        if bias.dtype is not _F32 and not isinstance(w, PackedWeight) and bias.dtype is not w.dtype:
+        if bias.dtype is not _F32 and isinstance(w, Tensor) and bias.dtype is not w.dtype:
             return None
         segments += (data.data_ptr(), scale, n, bias.data_ptr(), _DTYPE[bias.dtype])
     shape = (rows, width)
@@ -113,14 +122,18 @@ def _linear_plan(
     return rows, width, row_stride, k, segments, kind
 
 
-def _kind(weight: Tensor | PackedWeight) -> int:
+def _kind(weight: Tensor | PackedWeight | QuantizedWeight) -> int:
     """Its WeightFormat; ``KeyError`` for a dtype that none has."""
-    return _PACKED[weight.format] if isinstance(weight, PackedWeight) else _DTYPE[weight.dtype]
+    if isinstance(weight, PackedWeight):
+        return _PACKED[weight.format]
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"a matrix is quantised for a GPU ({weight.format}); the C++ kernels take tensors or kernels.pack(...)")
+    return _DTYPE[weight.dtype]
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -134,6 +147,7 @@ def linear(
     if plan is None:
         checks.linear(x, weights, biases, residual, out)
         _float32("x", x)
+        _kind(weights[0])  # refuses what is quantised for a GPU
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
     rows, width, row_stride, k, segments, kind = plan
     if out is None:
@@ -147,7 +161,7 @@ def linear(
 # ---- embed, rms_norm, rope_append, silu_mul ----
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     checks.embed(tokens, table)
     _on_cpu("tokens", tokens)
     vocab, width = table.shape
@@ -195,7 +209,7 @@ def rope_append(
         q_weight, k_weight, norm_dtype = q_norm.data_ptr(), k_norm.data_ptr(), _DTYPE[q_norm.dtype]
     _cpu.rope_append(
         qkv.data_ptr(), positions.data_ptr(), slots.data_ptr(), cos.data_ptr(), sin.data_ptr(), key_cache.data_ptr(),
-        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _CACHE_DTYPE[key_cache.dtype], norm_dtype, tokens, max_position,
+        value_cache.data_ptr(), q_weight, k_weight, out.data_ptr(), _cache_dtype(key_cache), norm_dtype, tokens, max_position,
         num_blocks, num_heads, num_kv_heads, head_dim, half, block_size, norm_eps, interleaved,
     )  # fmt: skip
     return out
@@ -234,7 +248,7 @@ def paged_attention(
     sequences, max_blocks = block_table.shape
     out = torch.empty_like(q)
     _cpu.paged_attention(
-        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _CACHE_DTYPE[key_cache.dtype], block_table.data_ptr(),
+        q.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), _cache_dtype(key_cache), block_table.data_ptr(),
         query_start.data_ptr(), context_len.data_ptr(), 0 if tree_start is None else tree_start.data_ptr(),
         0 if ancestors is None else ancestors.data_ptr(), out.data_ptr(), tokens, sequences, max_blocks, num_blocks, num_heads,
         num_kv_heads, head_dim, block_size, scale, window,
@@ -242,16 +256,38 @@ def paged_attention(
     return out
 
 
-# ---- move_tokens ----
+# ---- move_tokens, copy_blocks, feed_tokens ----
 
 
 def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
-    num_blocks, num_kv_heads, block_size, head_dim = checks.move_tokens(key_cache, value_cache, source, target)
+    num_blocks, num_kv_heads, block_size, head_dim = checks.copies(key_cache, value_cache, source, target)
     _on_cpu("key_cache", key_cache)
     _cpu.move_tokens(
         key_cache.data_ptr(), value_cache.data_ptr(), key_cache.element_size(), source.data_ptr(), target.data_ptr(), len(source),
         len(key_cache), num_blocks, num_kv_heads, block_size, head_dim,
     )  # fmt: skip
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    sizes = checks.copies(key_cache, value_cache, source, target)
+    _on_cpu("key_cache", key_cache)
+    sources, targets = source.tolist(), target.tolist()
+    for name, blocks in (("source", sources), ("target", targets)):
+        for i, block in enumerate(blocks):
+            if not 0 <= block < sizes.num_blocks:
+                raise ValueError(f"{name} must hold values in [0, {sizes.num_blocks}), got {block} at {i}")
+    checks.chains(sources, targets)
+    # By NumPy: torch wakes OpenMP's threads for this, and they then spin on the cores that the kernels want.
+    for cache in (key_cache, value_cache):
+        bits = cache.view(torch.int8).numpy()
+        for block, to in zip(sources, targets, strict=True):
+            bits[:, to] = bits[:, block]
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    checks.feed_tokens(tokens, source, drawn)
+    _on_cpu("tokens", tokens)
+    reference.feed_tokens(tokens, source, drawn)
 
 
 # ---- sample ----
@@ -344,6 +380,27 @@ def _lists(penalties: Penalties | None, bias: LogitBias | None, end_tokens: EndT
     for group, size in ((penalties, 6), (bias, 3), (end_tokens, 3)):
         addresses += ((0,) * size, 0) if group is None else (_addresses(group), len(group.token))
     return (*addresses, 0 if allowed is None else allowed.data_ptr())
+
+
+# ---- sample_head ----
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    """See ``api.sample_head``: the product in C++, the draw in PyTorch. On a CPU only shards of a vocabulary want this op; for a whole one
+    ``sample`` costs next to nothing beside the product."""
+    checks_sample.sample_head(x, head, temperature, seed, position, stream, first_token)
+    _float32("x", x)
+    checks_sample.temperature_values(temperature)
+    return draw(linear(x, (head,)), temperature, seed, position, stream, first_token)
 
 
 # ---- beam_select ----

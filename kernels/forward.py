@@ -169,7 +169,7 @@ def _describe_cache(config: Any, cache: Any) -> Any:
             f"cache must have {config.num_kv_heads} KV heads of {config.head_dim}, got {shape.num_kv_heads} of {shape.head_dim}"
         )
     addresses = [t.data_ptr() for t in keys], [t.data_ptr() for t in values]
-    return cpu._cpu.ForwardCache(*addresses, cpu._CACHE_DTYPE[dtype], shape.num_blocks, shape.block_size)
+    return cpu._cpu.ForwardCache(*addresses, cpu._cache_dtype(keys[0]), shape.num_blocks, shape.block_size)
 
 
 def _describe_step(batch: Any) -> Any:

@@ -50,13 +50,15 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return c0, c1, c2, c3
 
 
-def words(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE) -> Tensor:
-    """The word of each token: int64 ``[R, vocab_size]`` for ``seed``, ``position``, ``stream`` of shape ``[R]`` (bits of any integer)."""
+def words(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0) -> Tensor:
+    """The words of the tokens from ``first_token`` on: int64 ``[R, vocab_size]`` for ``seed``, ``position``, ``stream`` of shape ``[R]``
+    (bits of any integer)."""
     seed, position, stream = (t.long()[:, None] for t in (seed, position, stream))
-    index = torch.arange((vocab_size + 3) // 4, device=seed.device)[None, :]
+    skipped = first_token % 4
+    index = torch.arange(first_token // 4, (first_token + vocab_size + 3) // 4, device=seed.device)[None, :]
     counter = (index, position & _MASK, stream & _MASK, torch.full_like(index[:, :1], domain))
     block = philox4x32(counter, (seed & _MASK, seed >> 32 & _MASK))
-    return torch.stack(torch.broadcast_tensors(*block), dim=-1).flatten(1)[:, :vocab_size]
+    return torch.stack(torch.broadcast_tensors(*block), dim=-1).flatten(1)[:, skipped : skipped + vocab_size]
 
 
 def exponential(word: Tensor, low: Tensor) -> Tensor:
@@ -72,13 +74,14 @@ def exponential(word: Tensor, low: Tensor) -> Tensor:
     return -log_1f(torch.where(small, -u, f), torch.where(small, 0.0, exponent))
 
 
-def noise(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE) -> Noise:
-    """The noise of every token of each row; arguments as of ``words``."""
-    word = words(seed, position, stream, vocab_size, domain)
+def noise(seed: Tensor, position: Tensor, stream: Tensor, vocab_size: int, domain: int = DOMAIN_SAMPLE, first_token: int = 0) -> Noise:
+    """The noise of those tokens in each row; arguments as of ``words``."""
+    word = words(seed, position, stream, vocab_size, domain, first_token)
     low = torch.zeros_like(word)
     needs_tail = word < TAIL_WORDS
     rows = needs_tail.any(dim=1).nonzero()[:, 0]
     if len(rows):
-        low[rows] = words(seed[rows], position[rows], stream[rows], vocab_size, domain + DOMAIN_TAIL) * needs_tail[rows]
+        tail = words(seed[rows], position[rows], stream[rows], vocab_size, domain + DOMAIN_TAIL, first_token)
+        low[rows] = tail * needs_tail[rows]
     e = exponential(word, low)
     return Noise(word, low, e, log(e))

@@ -92,8 +92,7 @@ def pack(weight: Tensor, format: str | None = None, memory: HugePages | None = N
     if format == "int4":
         return PackedWeight(keep(_int4_data(padded)), None, format, (n, k))
     if format == "int8":
-        scale = padded.abs().amax(dim=1) / 127
-        q = (padded / torch.where(scale > 0, scale, 1)[:, None]).round_().clamp_(-127, 127)
+        q, scale = integers(padded, format)
         padded = (q + 128).to(torch.uint8)
     if depth == 1:
         data = padded.view(panels, PANEL, columns).transpose(1, 2)
@@ -102,16 +101,27 @@ def pack(weight: Tensor, format: str | None = None, memory: HugePages | None = N
     return PackedWeight(keep(data), scale, format, (n, k))
 
 
-def _int4_data(padded: Tensor) -> Tensor:
-    rows, columns = padded.shape
-    panels, groups = rows // PANEL, columns // INT4_GROUP
-    grouped = padded.view(rows, groups, INT4_GROUP)
+def integers(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    """The integers that ``weight [N, K]`` (float32, finite; K whole groups for int4) becomes, as float32 ``[N, K]``, and their scales: int8
+    float32 ``[N]``, int4 float16 ``[N, K / 32]``. The rules are those of ``pack``."""
+    if format == "int8":
+        scale = weight.abs().amax(dim=1) / 127
+        return (weight / torch.where(scale > 0, scale, 1)[:, None]).round_().clamp_(-127, 127), scale
+    grouped = weight.view(len(weight), -1, INT4_GROUP)
     extreme = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))  # with its sign: it takes the longer side of -8..7
     scale = (extreme / -8).half()
     if not bool(scale.isfinite().all()):
         raise ValueError(f"weight holds {float(extreme.abs().max()):g}, and int4 takes at most {8 * 65504}: its scales are float16")
     divisor = torch.where(scale == 0, 1, scale).float()
-    q = torch.where(scale == 0, 0, (grouped / divisor).round_().clamp_(-8, 7)) + 8
+    q = torch.where(scale == 0, 0, (grouped / divisor).round_().clamp_(-8, 7))
+    return q.view_as(weight), scale[..., 0]
+
+
+def _int4_data(padded: Tensor) -> Tensor:
+    rows, columns = padded.shape
+    panels, groups = rows // PANEL, columns // INT4_GROUP
+    integral, scale = integers(padded, "int4")
+    q = integral + 8
     # [panel, half, i, group, nibble, j, b] -> [panel, group, half, j, i, b, nibble]
     q = q.to(torch.uint8).view(panels, 2, 16, groups, 2, 4, 4).permute(0, 3, 1, 5, 2, 6, 4)
     nibbles = (q[..., 0] | q[..., 1] << 4).reshape(panels, groups, PANEL * INT4_GROUP // 2)

@@ -10,16 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, checks_sample
+from .api import HeadDraw
 from .packed import INTEGER_FORMATS, PackedWeight
+from .quantized import QuantizedWeight
 from .reference_beam import beam_select
+from .reference_head import draw
 from .reference_linear import integer_product
 from .reference_sample import sample
 from .reference_verify import masses, verify_block, verify_drafts
 
 __all__ = [
-    "beam_select", "embed", "linear", "masses", "move_tokens", "paged_attention", "rms_norm", "rope_append", "sample", "silu_mul",
-    "unavailable", "verify_block", "verify_drafts",
+    "beam_select", "copy_blocks", "embed", "feed_tokens", "linear", "masses", "move_tokens", "paged_attention", "rms_norm", "rope_append",
+    "sample", "sample_head", "silu_mul", "unavailable", "verify_block", "verify_drafts",
 ]  # fmt: skip
 
 
@@ -36,16 +39,16 @@ def _check_range(name: str, values: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must hold values in [{low}, {high}), got {int(values[where])} at {where}")
 
 
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     checks.embed(tokens, table)
     _check_range("tokens", tokens, 0, table.shape[0])
-    dense = table.dense() if isinstance(table, PackedWeight) else table
+    dense = table if isinstance(table, Tensor) else table.dense()
     return dense[tokens.long()].float()
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -54,7 +57,7 @@ def linear(
     checks.linear(x, weights, biases, residual, out)
     parts = []
     for i, weight in enumerate(weights):
-        part = _product(x.float(), weight)
+        part = _product(x, weight)
         bias = None if biases is None else biases[i]
         parts.append(part if bias is None else part + bias.float())
     y = torch.cat(parts, dim=1)
@@ -63,12 +66,33 @@ def linear(
     return (y if residual is not None else y.to(x.dtype)) if out is None else out.copy_(y)
 
 
-def _product(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    if not isinstance(weight, PackedWeight):
+def _product(x: Tensor, weight: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
+    """``x @ weight.T`` in float32."""
+    if isinstance(weight, QuantizedWeight):
+        dense = weight.dense()
+        return x.float() @ (dense.to(x.dtype).float() if weight.format == "int4" else dense).T
+    x = x.float()
+    if isinstance(weight, Tensor):
         return x @ weight.float().T
     if weight.format in INTEGER_FORMATS:
         return integer_product(x, weight)
     return (x.bfloat16().float() if weight.format == "bfloat16" else x) @ weight.dense().float().T
+
+
+def sample_head(
+    x: Tensor,
+    head: Tensor | PackedWeight | QuantizedWeight,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: Tensor,
+    *,
+    first_token: int = 0,
+) -> HeadDraw:
+    checks_sample.sample_head(x, head, temperature, seed, position, stream, first_token)
+    checks_sample.temperature_values(temperature)
+    logits = linear(x, (head,), out=x.new_empty((len(x), head.shape[0]), dtype=torch.float32))
+    return draw(logits, temperature, seed, position, stream, first_token)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,23 +147,28 @@ def rope_append(
     for cache, x, is_key in ((key_cache, k[kept], True), (value_cache, v[kept], False)):
         elements, scales = _tokens(cache, sizes, is_key)
         if scales is not None:
-            x, scales[0, block, :, sub_block, lane] = _quantised(x)
-        elements[0, block, :, sub_block, lane] = x.to(cache.dtype)
+            x, scales[0, block, :, sub_block, lane] = _quantised(x, cache.dtype)
+        elements[0, block, :, sub_block, lane] = x.to(cache.dtype).view(elements.dtype)
     return q.to(qkv.dtype).contiguous()
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x [..., D]`` as integers and scales ``[...]``."""
+def _quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x [..., D]`` as elements for a cache of ``dtype`` and scales ``[...]``."""
+    limit = checks.cache_limit(dtype)
     largest = x.abs().amax(dim=-1)
-    scales = torch.where(largest.isfinite(), largest / 127, torch.nan)
-    integers = (x / scales[..., None]).clamp(-127, 127).round()
-    return torch.where(scales[..., None] > 0, integers, 0.0), scales
+    scales = torch.where(largest.isfinite(), largest / limit, torch.nan)
+    elements = (x / scales[..., None]).clamp(-limit, limit)
+    if dtype == torch.int8:
+        elements = elements.round()
+    return torch.where(scales[..., None] > 0, elements, 0.0), scales
 
 
 def _tokens(cache: Tensor, sizes: checks.CacheShape, is_key: bool, layers: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Views of keys or values as ``[layers, num_blocks, num_kv_heads, sub-block, token in it, head_dim]``, and of the scales of an int8
-    cache as ``[layers, num_blocks, num_kv_heads, sub-block, token in it]``."""
-    scaled = cache.dtype == torch.int8
+    """Views of keys or values as ``[layers, num_blocks, num_kv_heads, sub-block, token in it, head_dim]``, of float8 as int8 (which
+    PyTorch can index), and of the scales of a cache that has them as ``[layers, num_blocks, num_kv_heads, sub-block, token in it]``."""
+    scaled = cache.dtype in checks.SCALED_DTYPES
+    if scaled:
+        cache = cache.view(torch.int8)
     width = checks.SUB_BLOCK * sizes.head_dim
     row = width + (checks.SUB_BLOCK * checks.SCALE_BYTES if scaled else 0)
     rows = cache.view(layers, sizes.num_blocks, sizes.num_kv_heads, sizes.block_size // checks.SUB_BLOCK, row)
@@ -196,7 +225,8 @@ def paged_attention(
 def _dense(cache: Tensor, sizes: checks.CacheShape, is_key: bool, blocks: Tensor) -> Tensor:
     """The keys or values of some blocks as float32 ``[num_kv_heads, tokens, head_dim]``."""
     elements, scales = _tokens(cache, sizes, is_key)
-    x = elements[0, blocks].float()
+    x = elements[0, blocks]
+    x = (x.view(cache.dtype) if cache.dtype == torch.float8_e4m3fn else x).float()
     if scales is not None:
         x = x * scales[0, blocks][..., None]
     return x.transpose(0, 1).reshape(sizes.num_kv_heads, -1, sizes.head_dim)
@@ -235,7 +265,7 @@ def _paths(ancestors: list[int], sequence: int, first_row: int, context: int, tr
 
 
 def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
-    sizes = checks.move_tokens(key_cache, value_cache, source, target)
+    sizes = checks.copies(key_cache, value_cache, source, target)
     for name, slots in (("source", source), ("target", target)):
         _check_range(name, slots, 0, sizes.num_blocks * sizes.block_size)
     (block, offset), (to_block, to_offset) = ((s.long() // sizes.block_size, s.long() % sizes.block_size) for s in (source, target))
@@ -244,6 +274,23 @@ def move_tokens(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: 
         for moved in _tokens(cache, sizes, is_key, len(cache)):
             if moved is not None:
                 moved[:, to_block, :, to_sub_block, to_lane] = moved[:, block, :, sub_block, lane]
+
+
+def copy_blocks(key_cache: Tensor, value_cache: Tensor, source: Tensor, target: Tensor) -> None:
+    sizes = checks.copies(key_cache, value_cache, source, target)
+    for name, blocks in (("source", source), ("target", target)):
+        _check_range(name, blocks, 0, sizes.num_blocks)
+    checks.chains(source.tolist(), target.tolist())
+    for cache in (key_cache, value_cache):
+        bits = cache.view(torch.int8)
+        bits[:, target.long()] = bits[:, source.long()]
+
+
+def feed_tokens(tokens: Tensor, source: Tensor, drawn: Tensor) -> None:
+    checks.feed_tokens(tokens, source, drawn)
+    _check_range("source", source, -1, len(drawn))
+    fed = source >= 0
+    tokens[fed] = drawn[source[fed].long()].int()
 
 
 def silu_mul(x: Tensor) -> Tensor:

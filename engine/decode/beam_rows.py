@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..columns import tensor_of
+from ..device import fetch, upload
 from ..kernels import STATUS_NAN, STATUS_OK, Ops
 from ..outputs import FinishReason
 from ..request import Beam, Drawn, Request
@@ -55,7 +56,7 @@ def choose(ops: Ops, logits: Tensor, beams: list[Beam]) -> list[Choice]:
     changed = [r for r, beam in enumerate(beams) if not beam.controls.plain]
     if changed:
         # Row by row, for a row's bits must not depend on others; NaN where the kernel's log-probabilities are the model's own.
-        log_mass = torch.full((len(beams),), math.nan, dtype=torch.float64)
+        log_mass = torch.full((len(beams),), math.nan, dtype=torch.float64, device=logits.device)
         for r in changed:
             log_mass[r] = logits[r].double().logsumexp(dim=0)
         if any(beam.controls.processors for beam in beams):
@@ -97,24 +98,26 @@ def _turn(ops: Ops, logits: Tensor, beams: list[Beam], choices: Mapping[Request,
             "seed": tensor_of(array("q", [as_int64(beam.request.seed) for beam in beams])),
             "stream": tensor_of(array("i", [noise_stream(beam) for beam in beams])),
         }
-    result = ops.beam_select(
-        logits,
+    columns = (
         tensor_of(array("f", [0.0 if stochastic else beam.score for beam in beams])),
         tensor_of(array("i", [*starts, len(beams)])),
-        max([search.num_candidates for search in searches]),
         tensor_of(array("f", [beam.controls.temperature for beam in beams])),
         tensor_of(array("i", [beam.controls.top_k for beam in beams])),
         tensor_of(array("i", [len(beam.tokens) for beam in beams])),
-        **noise,
-        **lists(beams, logits.shape[1], [choices[beam.request].penalised(first) for beam in beams] if first else None),
     )
-    own = result.logprobs.tolist()
+    scores, group_start, *of_rows = upload(columns, logits.device)
+    masks = lists(beams, logits.shape[1], [choices[beam.request].penalised(first) for beam in beams] if first else None)
+    most = max([search.num_candidates for search in searches])
+    result = ops.beam_select(logits, scores, group_start, most, *of_rows, **upload(noise | masks, logits.device))
+    own = result.logprobs
     if raw is not None:
         parents, tokens = result.parents.long().clamp(min=0), result.tokens.clamp(min=0)
-        own = (raw[0][parents, tokens] - raw[1][parents]).float().tolist()
-    columns = (result.scores.tolist(), result.tokens.tolist(), result.parents.tolist(), result.logprobs.tolist(), own)
+        own = (raw[0][parents, tokens] - raw[1][parents]).float()
+    *found_columns, statuses = (
+        t.tolist() for t in fetch((result.scores, result.tokens, result.parents, result.logprobs, own, result.status))
+    )
     found: dict[Request, list[Candidate]] = {}
-    for search, group in zip(searches, zip(*columns, strict=True), strict=True):
+    for search, group in zip(searches, zip(*found_columns, strict=True), strict=True):
         # What is below the limit is as good as impossible, like -inf.
         entries = [e for e in zip(*group, strict=True) if e[1] >= 0 and e[0] > -SCORE_LIMIT][: search.num_candidates]
         if entries:
@@ -123,7 +126,7 @@ def _turn(ops: Ops, logits: Tensor, beams: list[Beam], choices: Mapping[Request,
             if entries[0][0] > SCORE_LIMIT:
                 choice = choices[beam.request]
                 choice.error = choice.error or f"a beam's score passes {SCORE_LIMIT:g} at position {len(beam.tokens)}"
-    for beam, status in zip(beams, result.status.tolist(), strict=True):
+    for beam, status in zip(beams, statuses, strict=True):
         if status != STATUS_OK:
             choice = choices[beam.request]
             choice.failures[beam] = failure(status, beam)

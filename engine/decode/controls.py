@@ -68,6 +68,11 @@ class Controls:
         settled = self._unrestricted and sequence.num_tokens >= self._settled
         return settled and sequence.history is None and sequence.matcher is None
 
+    @property
+    def unfiltered(self) -> bool:
+        """Whether every token may be drawn, or filters make no difference (greedy)."""
+        return self.greedy or (self.top_k <= 0 and self.top_p >= 1.0 and self.min_p == 0.0)
+
     def bias(self, sequence: TokenSequence, penalised: Mapping[int, float]) -> tuple[array[int], array[float]]:
         """Distinct ids and what is added to their next logits; ``penalised``: what is subtracted from some besides."""
         banned: set[int] = set()

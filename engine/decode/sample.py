@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..columns import tensor_of
+from ..device import fetch, upload
 from ..kernels import Ops, SampleResult
 from ..request import Drawn, Lookahead, Request
 from .controls import token_mask
 from .rows import as_int64, failure, lists, process
+
+# What can draw tokens for rows, by what they ask for: the LM head itself (no filters, lists, masks, processors, nor other tokens'
+# log-probabilities), ``sample`` without lists and masks, or only what the host puts together for these very rows.
+FUSED, FILTERED, PREPARED = "fused", "filtered", "prepared"
+
+
+def drawn_by(rows: Sequence[Request | Lookahead]) -> str:
+    """FUSED, FILTERED or PREPARED."""
+    if any([not row.controls.is_bare(row) or row.controls.processors or row.params.logprobs for row in rows]):
+        return PREPARED
+    return FUSED if all([row.controls.unfiltered for row in rows]) else FILTERED
 
 
 class Sampler:
@@ -48,25 +61,19 @@ class Sampler:
         errors = {r: error for r in processed if (error := process(logits[r], rows[r])) is not None}
         result: SampleResult = self.ops.sample(
             logits,
-            *self._law,
-            **({} if self._bare else lists(rows, logits.shape[1])),
+            *upload(self._law, logits.device),
+            **({} if self._bare else upload(lists(rows, logits.shape[1]), logits.device)),
             logprobs=self._num_top,
             workspace=self._workspace,
         )
         if own is not None:
             _restore_raw(self.ops, own, processed, rows, result, self._num_top)
-        if result is not self._result:
-            assert result.logprobs is not None and result.processed_logprobs is not None
-            self._columns = [t.numpy() for t in (result.tokens, result.logprobs, result.processed_logprobs, result.status)]
+        if result is not self._result or not result.tokens.is_cpu:
+            self._columns = columns_of(result)
             self._result = result
-        tokens, raw, after, status = [column.tolist() for column in self._columns]
-        drawn = list(map(Drawn, tokens, raw, after))
+        drawn = drawn_of(self._columns, rows, errors)
         if self._num_top:
             _add_top(drawn, rows, result)
-        if errors or any(status):
-            for r, one in enumerate(status):
-                if one or r in errors:
-                    drawn[r] = Drawn(-1, math.nan, math.nan, error=errors.get(r) or failure(one, rows[r]))
         return drawn
 
     def _take(self, rows: list[Request | Lookahead]) -> None:
@@ -79,10 +86,32 @@ class Sampler:
         self._rows = rows  # last, should anything be interrupted
 
 
+def columns_of(result: SampleResult) -> list[Any]:
+    """Its tokens, log-probabilities and statuses on the host, as NumPy's views."""
+    assert result.logprobs is not None and result.processed_logprobs is not None
+    return [t.numpy() for t in fetch((result.tokens, result.logprobs, result.processed_logprobs, result.status))]
+
+
+def drawn_of(columns: Sequence[Any], rows: Sequence[Request | Lookahead], errors: Mapping[int, str] = MappingProxyType({})) -> list[Drawn]:
+    """What became of each row. ``errors``: why it cannot have a token, whatever its status."""
+    tokens, raw, after, status = [column.tolist() for column in columns]
+    drawn = list(map(Drawn, tokens, raw, after))
+    if errors or any(status):
+        for r, one in enumerate(status):
+            if one or r in errors:
+                drawn[r] = Drawn(-1, math.nan, math.nan, error=errors.get(r) or failure(one, rows[r]))
+    return drawn
+
+
 def law(rows: Sequence[Request | Lookahead], positions: array[int]) -> tuple[Tensor, ...]:
     """temperature, top_k, top_p, min_p, seed, position and stream of each row."""
+    return tuple(map(tensor_of, law_columns(rows, positions)))
+
+
+def law_columns(rows: Sequence[Request | Lookahead], positions: array[int]) -> tuple[array[Any], ...]:
+    """Likewise, as arrays."""
     controls = [row.controls for row in rows]
-    columns = (
+    return (
         array("f", [c.temperature for c in controls]),
         array("i", [c.top_k for c in controls]),
         array("f", [c.top_p for c in controls]),
@@ -91,7 +120,6 @@ def law(rows: Sequence[Request | Lookahead], positions: array[int]) -> tuple[Ten
         positions,
         array("i", [row.stream for row in rows]),
     )
-    return tuple(map(tensor_of, columns))
 
 
 def _restore_raw(
@@ -106,11 +134,11 @@ def _restore_raw(
     tokens = result.tokens[processed]
     possible = (tokens >= 0) & (own.gather(1, tokens.clamp(min=0)[:, None])[:, 0] > -math.inf)
     allowed = torch.full((len(processed), -(-own.shape[1] // 32)), -1, dtype=torch.int32)
-    for row, token, one in zip(allowed, tokens.tolist(), possible.tolist(), strict=True):
+    for row, token, one in zip(allowed, *(t.tolist() for t in fetch((tokens, possible))), strict=True):
         if one:
             row.copy_(token_mask([token], own.shape[1]))
     given = law([rows[r] for r in processed], array("i", [rows[r].num_tokens for r in processed]))
-    raw = ops.sample(own, *given, allowed=allowed, logprobs=num_top)
+    raw = ops.sample(own, *upload(given, own.device), allowed=upload(allowed, own.device), logprobs=num_top)
     result.logprobs[processed] = torch.where(possible, raw.logprobs, -math.inf)
     if result.top_tokens is not None and result.top_logprobs is not None:
         result.top_tokens[processed] = raw.top_tokens
@@ -120,7 +148,7 @@ def _restore_raw(
 def _add_top(drawn: list[Drawn], rows: Sequence[Request | Lookahead], result: SampleResult) -> None:
     assert result.top_tokens is not None and result.top_logprobs is not None
     assert result.processed_top_tokens is not None and result.processed_top_logprobs is not None
-    lists = (result.top_tokens, result.top_logprobs, result.processed_top_tokens, result.processed_top_logprobs)
+    lists = fetch((result.top_tokens, result.top_logprobs, result.processed_top_tokens, result.processed_top_logprobs))
     for r, (tokens, values, processed_tokens, processed_values) in enumerate(zip(*(t.tolist() for t in lists), strict=True)):
         n = rows[r].params.logprobs
         if n:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..device import fetch, upload
 from ..drafters.draft import MAX_DRAFT, Draft
 from ..kernels import STATUS_NAN, STATUS_OK, Ops
 from ..plan import StepPlan
@@ -76,8 +77,9 @@ def usable(request: Request, draft: Draft, limit: int, vocab_size: int) -> Draft
 
 def masses(ops: Ops, logits: Tensor, rows: Sequence[Request | Lookahead]) -> tuple[Tensor, Tensor]:
     """``kernels.masses`` of these rows: what each is drawn from, and its status."""
-    temperature, top_k, top_p, min_p, _, position, _ = law(rows, array("i", [row.num_tokens for row in rows]))
-    return ops.masses(logits, temperature, top_k, top_p, min_p, position, **lists(rows, logits.shape[1]))
+    given = law(rows, array("i", [row.num_tokens for row in rows]))
+    temperature, top_k, top_p, min_p, _, position, _ = upload(given, logits.device)
+    return ops.masses(logits, temperature, top_k, top_p, min_p, position, **upload(lists(rows, logits.shape[1]), logits.device))
 
 
 class Verdict(NamedTuple):
@@ -103,12 +105,13 @@ class _Drafted(NamedTuple):
         return slice(self.first, self.first + 1 + len(self.draft))
 
 
-def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -> list[Verdict]:
+def verdicts(ops: Ops, plan: StepPlan, logits: Tensor | None, drawn: Sequence[Drawn], device: torch.device) -> list[Verdict]:
     """The verdict on each request with rows, in their order.
 
     Args:
-        logits: float32 ``[R, V]`` of the plan's rows.
+        logits: float32 ``[R, V]`` of the plan's rows; None where the LM head has drawn, which it does not for block verification.
         drawn: what the token law gives for each row that is no beam's.
+        device: the model's.
     """
     found: dict[int, Verdict] = {}
     replayed: list[_Drafted] = []
@@ -123,10 +126,11 @@ def verdicts(ops: Ops, plan: StepPlan, logits: Tensor, drawn: Sequence[Drawn]) -
             (blocks if by_block else replayed).append(_Drafted(request, draft, r))
         found[r] = Verdict(request, draft, [one], [0])  # in its place; drafted ones are replaced
     if replayed:
-        for drafted, path in zip(replayed, _replay(ops, replayed, drawn), strict=True):
+        for drafted, path in zip(replayed, _replay(ops, replayed, drawn, device), strict=True):
             first = drafted.first
             found[first] = Verdict(drafted.request, drafted.draft, [drawn[first + node] for node in path], path)
     if blocks:
+        assert logits is not None
         for drafted, verdict in zip(blocks, _blocks(ops, blocks, logits, drawn), strict=True):
             found[drafted.first] = verdict
     return list(found.values())
@@ -139,28 +143,29 @@ def _starts(drafted: Sequence[_Drafted]) -> Tensor:
     return torch.tensor(start, dtype=torch.int32)
 
 
-def _replay(ops: Ops, drafted: Sequence[_Drafted], drawn: Sequence[Drawn]) -> Iterator[list[int]]:
+def _replay(ops: Ops, drafted: Sequence[_Drafted], drawn: Sequence[Drawn], device: torch.device) -> Iterator[list[int]]:
     """The path of each: as long as what was drafted is what the law draws."""
     own = [d for one in drafted for d in drawn[one.rows]]
     draft = [token for one in drafted for token in (-1, *one.draft.tokens)]
     parent = [node for one in drafted for node in (-1, *one.draft.parents)]
     start = _starts(drafted)
-    result = ops.verify_drafts(
+    given = (
         torch.tensor([d.token for d in own]),
         torch.tensor([STATUS_OK if d.error is None else STATUS_NAN for d in own], dtype=torch.int32),
         torch.tensor(draft, dtype=torch.int32),
         torch.tensor(parent, dtype=torch.int32),
         start,
     )
-    path = result.path.tolist()
-    for first, accepted in zip(start.tolist(), result.num_accepted.tolist(), strict=False):
+    result = ops.verify_drafts(*upload(given, device))
+    path, num_accepted = (t.tolist() for t in fetch((result.path, result.num_accepted)))
+    for first, accepted in zip(start.tolist(), num_accepted, strict=False):
         yield path[first : first + accepted + 1]
 
 
 def _blocks(ops: Ops, drafted: Sequence[_Drafted], logits: Tensor, drawn: Sequence[Drawn]) -> Iterator[Verdict]:
     """Block verification of chains: what is kept, and what is drawn after it."""
     rows = [r for one in drafted for r in range(one.rows.start, one.rows.stop)]
-    own = logits[rows]
+    own = logits[upload(torch.tensor(rows), logits.device)]
     after: list[Request | Lookahead] = [s for one in drafted for s in (one.request, *one.draft.sequences)]  # type: ignore[misc]
     target, status = masses(ops, own, after)
     proposal = torch.zeros_like(target)
@@ -168,32 +173,36 @@ def _blocks(ops: Ops, drafted: Sequence[_Drafted], logits: Tensor, drawn: Sequen
     for one in drafted:
         for i, token in enumerate(one.draft.tokens):
             if one.draft.proposal:
-                proposal[first + 1 + i] = one.draft.proposal[i]
+                proposal[first + 1 + i].copy_(one.draft.proposal[i], non_blocking=True)
             else:
                 proposal[first + 1 + i, token] = CERTAIN
         first += 1 + len(one.draft)
     start = _starts(drafted)
-    result = ops.verify_block(
-        target,
-        status,
-        proposal,
+    given = (
         torch.tensor([token for one in drafted for token in (-1, *one.draft.tokens)], dtype=torch.int32),
         start,
         torch.tensor([as_int64(one.request.seed) for one in drafted]),
         torch.tensor([one.request.num_tokens for one in drafted], dtype=torch.int32),
         torch.tensor([one.request.stream for one in drafted], dtype=torch.int32),
     )
+    result = ops.verify_block(target, status, proposal, *upload(given, logits.device))
     assert result.tokens is not None and result.status is not None
-    columns = (start.tolist(), result.num_accepted.tolist(), result.tokens.tolist())
-    for one, first, accepted, last in zip(drafted, *(column[: len(drafted)] for column in columns), strict=True):
+    num_accepted, last_tokens = (t.tolist() for t in fetch((result.num_accepted, result.tokens)))
+    kept: list[tuple[_Drafted, list[tuple[int, int]]]] = []  # of each: the tokens it gets, and the rows of `own` behind them
+    for one, first, accepted, last in zip(drafted, start.tolist()[:-1], num_accepted, last_tokens, strict=True):
         tokens = [*one.draft.tokens[:accepted], last]
-        kept: list[Drawn] = []
-        for node, token in enumerate(tokens):
-            # What `sample` drew from the same row, or why it could not: its log-probabilities tell those of any other token.
-            given, row = drawn[one.first + node], first + node
-            if token >= 0 and given.error is None:
-                raw = given.logprob + float(own[row, token]) - float(own[row, given.token])
-                processed = given.processed_logprob + math.log(int(target[row, token]) / max(int(target[row, given.token]), 1))
-                given = given._replace(token=token, logprob=raw, processed_logprob=processed)
-            kept.append(given)
-        yield Verdict(one.request, one.draft, kept, list(range(accepted + 1)))
+        kept.append((one, [(token, first + node) for node, token in enumerate(tokens)]))
+    # What `sample` drew from the same row, or why it could not: its log-probabilities tell those of any other token.
+    at = [(row, token, drawn[rows[row]].token) for _, tokens in kept for token, row in tokens]
+    row_of, token_of, given_of = upload(tuple(torch.tensor(column).clamp(min=0) for column in zip(*at, strict=True)), logits.device)
+    columns = (own[row_of, token_of], own[row_of, given_of], target[row_of, token_of], target[row_of, given_of])
+    told = zip(*(t.tolist() for t in fetch(columns)), strict=True)
+    for one, tokens in kept:
+        after_it: list[Drawn] = []
+        for token, row in tokens:
+            given_draw, (raw, given_raw, mass, given_mass) = drawn[rows[row]], next(told)
+            if token >= 0 and given_draw.error is None:
+                processed = given_draw.processed_logprob + math.log(mass / max(given_mass, 1))
+                given_draw = given_draw._replace(token=token, logprob=given_draw.logprob + raw - given_raw, processed_logprob=processed)
+            after_it.append(given_draw)
+        yield Verdict(one.request, one.draft, after_it, list(range(len(tokens))))

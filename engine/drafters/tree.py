@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..decode.rows import as_int64, lists, process
 from ..decode.speculate import go_on
+from ..device import fetch, upload
 from ..kernels import STATUS_OK, Ops
 from ..request import Lookahead
 from .draft import MAX_DRAFT, Draft
@@ -36,22 +37,28 @@ def alternatives(ops: Ops, logits: Tensor, sequences: Sequence[Lookahead], width
         if not greedy:
             noise["seed"] = torch.tensor([as_int64(s.seed) for s in own])
             noise["stream"] = torch.tensor([s.stream for s in own], dtype=torch.int32)
-        result = ops.beam_select(
-            logits if len(rows) == len(sequences) else logits[rows],
+        columns = (
             torch.zeros(len(rows)),
             torch.arange(len(rows) + 1, dtype=torch.int32),
-            min(width, logits.shape[1]),
             torch.tensor([_SHARPER if greedy else s.controls.temperature for s in own], dtype=torch.float32),
             torch.tensor([0 if greedy else s.controls.top_k for s in own], dtype=torch.int32),
             torch.tensor([s.num_tokens for s in own], dtype=torch.int32),
-            **noise,
-            **lists(own, logits.shape[1]),
+        )
+        scores, group_start, *of_rows = upload(columns, logits.device)
+        result = ops.beam_select(
+            logits if len(rows) == len(sequences) else logits[rows],
+            scores,
+            group_start,
+            min(width, logits.shape[1]),
+            *of_rows,
+            **upload(noise | lists(own, logits.shape[1]), logits.device),
         )
         # By hand: torch's softmax wakes OpenMP's threads whatever its size, and they then spin on the cores that the kernels want.
         chances = (result.logprobs if greedy else result.scores - result.scores[:, :1]).exp()
         if not greedy:
             chances /= chances.sum(dim=1, keepdim=True)
-        for r, tokens, chance, status in zip(rows, result.tokens.tolist(), chances.tolist(), result.status.tolist(), strict=True):
+        found_columns = (t.tolist() for t in fetch((result.tokens, chances, result.status)))
+        for r, tokens, chance, status in zip(rows, *found_columns, strict=True):
             if status == STATUS_OK:
                 found[r] = [(token, min(p, 1.0)) for token, p in zip(tokens, chance, strict=True) if token >= 0]
     return found

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import HugePages, PackedWeight, pack
+from ..kernels import HugePages, PackedWeight, QuantizedWeight, pack, quantize
 from .config import ModelConfig
 from .readers import WEIGHT_DTYPES
+from .shard import Shard
 
 logger = logging.getLogger("engine.models")
 
 SHOWN = 5  # tensor names listed per kind of mismatch
-# How matrices are kept: read where their owner has them, or as an own copy in the kernels' order, as they are or quantised.
-WEIGHTS = ("shared", "packed", "int8", "int4")
+# How matrices are kept, by type of device: as they are (read where their owner has them, if that is the device), or as an own copy in the
+# kernels' order, as they are or quantised.
+WEIGHTS = {"cpu": ("shared", "packed", "int8", "int4"), "cuda": ("shared", "int8", "int4", "fp8")}
 
-Matrix = Tensor | PackedWeight  # [out, in]
+Matrix = Tensor | PackedWeight | QuantizedWeight  # [out, in]
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,24 @@ class Assembler:
         tensors: by clean name (``clean_name``); only looked up by name, so a lazy mapping reads nothing too early.
         where: words for messages, e.g. the path.
         dtype: convert every tensor to it, one at a time; None keeps each as it is, in its owner's storage.
+        device: where they go, one at a time; those that are there already stay in their owner's storage.
         weights: of ``WEIGHTS``, what becomes of the matrices.
+        shard: which part of the model to build; None: all of it.
     """
 
     def __init__(
-        self, config: ModelConfig, names: Names, tensors: Mapping[str, Tensor], where: str, dtype: torch.dtype | None, weights: str
+        self,
+        config: ModelConfig,
+        names: Names,
+        tensors: Mapping[str, Tensor],
+        where: str,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        weights: str,
+        shard: Shard | None = None,
     ) -> None:
         self._config, self._names, self._tensors, self._where, self._dtype = config, names, tensors, where, dtype
-        self._weights = weights
+        self._device, self._weights, self._shard = device, weights, shard
         self._memory = HugePages()
         self._progress: tqdm[object] | None = None
 
@@ -128,11 +140,12 @@ class Assembler:
         self._check(shapes)
         # Nothing is read yet from a memory-mapped file, so a bar appears only where a conversion takes its time.
         with tqdm(total=len(shapes), desc=f"loading {self._where}", unit="tensor", delay=1.0, disable=None, leave=False) as self._progress:
-            embedding = self._weight(self._names.embedding)
-            own_head = self._head(embedding)
-            packed = self._pack(own_head, self._names.head)
+            vocabulary = None if self._shard is None else self._shard.vocabulary(self._config.vocab_size)
+            embedding = self._weight(self._names.embedding, vocabulary)
+            tied = self._head_is_embedding()
+            packed = self._pack(embedding if tied else self._weight(self._names.head, vocabulary), self._names.head)
             layers = tuple(self._layer(i) for i in range(self._config.num_layers))
-            return ModelWeights(packed if own_head is embedding else embedding, layers, self._weight(self._names.final_norm), packed)
+            return ModelWeights(packed if tied else embedding, layers, self._weight(self._names.final_norm), packed)
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name in shapes:
@@ -158,8 +171,6 @@ class Assembler:
             raise ValueError(f"{self._where} does not hold a {self._config.family} model of its config: " + "; ".join(problems))
 
     def _check_readable(self, name: str, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{self._where}: {name} is on device {tensor.device}: not yet; move the model to the CPU first")
         if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise ValueError(f"{self._where}: {name} is a {type(tensor).__name__} ({tensor.layout}); only plain dense tensors can be read")
         convertible = self._dtype is not None and tensor.dtype == torch.float64
@@ -168,60 +179,85 @@ class Assembler:
             raise ValueError(f"{self._where}: {name} has dtype {tensor.dtype}; allowed are {', '.join(WEIGHT_DTYPES)}; {remedy}")
 
     def _layer(self, i: int) -> LayerWeights:
-        config, names = self._config, self._names
+        config, names, shard = self._config, self._names, self._shard
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        outputs = {names.qkv: (queries, keys, keys), names.gate_up: (config.ffn_size, config.ffn_size)}
+
+        def cut(stems: tuple[str, ...]) -> list[tuple[str, slice | None]]:
+            """The matrices of which a layer has outputs, and the rows that it has."""
+            if shard is None:
+                return [(stem.format(i=i), None) for stem in stems]
+            return [(stems[m].format(i=i), rows) for m, rows in shard.parts(outputs[stems], len(stems))]
 
         def weights(stems: tuple[str, ...]) -> tuple[Matrix, ...]:
-            parts = [(stem.format(i=i), self._weight(stem.format(i=i))) for stem in stems]
+            parts = [(name, self._weight(name, rows)) for name, rows in cut(stems)]
             if len({part.dtype for _, part in parts}) > 1:
                 found = ", ".join(f"{name} {part.dtype}" for name, part in parts)
                 raise ValueError(f"{self._where}: these must have one dtype: {found}; pass dtype= to convert them")
             return tuple(self._pack(part, name) for name, part in parts)
 
         def biases(wanted: bool, stems: tuple[str, ...]) -> tuple[Tensor, ...] | None:
-            return tuple(self._take(f"{stem.format(i=i)}.bias") for stem in stems) if wanted else None
+            return tuple(self._take(f"{name}.bias", rows) for name, rows in cut(stems)) if wanted else None
+
+        def summed(stem: str, inputs: int) -> tuple[Matrix, ...]:
+            """A matrix whose product all parts are summed to."""
+            name = stem.format(i=i)
+            return (self._pack(self._weight(name, columns=None if shard is None else shard.part(inputs)), name),)
+
+        def added_once(wanted: bool, stem: str) -> tuple[Tensor, ...] | None:
+            return (self._take(f"{stem.format(i=i)}.bias"),) if wanted and (shard is None or shard.rank == 0) else None
 
         return LayerWeights(
             attention_norm=self._weight(names.attention_norm.format(i=i)),
             qkv=weights(names.qkv),
             qkv_bias=biases(config.qkv_bias, names.qkv),
-            out=weights((names.out,)),
-            out_bias=biases(config.out_bias, (names.out,)),
+            out=summed(names.out, queries),
+            out_bias=added_once(config.out_bias, names.out),
             q_norm=self._weight(names.q_norm.format(i=i)) if config.qk_norm else None,
             k_norm=self._weight(names.k_norm.format(i=i)) if config.qk_norm else None,
             ffn_norm=self._weight(names.ffn_norm.format(i=i)),
             gate_up=weights(names.gate_up),
             gate_up_bias=biases(config.mlp_bias, names.gate_up),
-            down=weights((names.down,)),
-            down_bias=biases(config.mlp_bias, (names.down,)),
+            down=summed(names.down, config.ffn_size),
+            down_bias=added_once(config.mlp_bias, names.down),
         )
 
-    def _head(self, embedding: Tensor) -> Tensor:
-        """The embedding itself where the two are one tensor, or equal in a checkpoint that declares them tied and stores both."""
+    def _head_is_embedding(self) -> bool:
+        """Where the two are one tensor, or equal in a checkpoint that declares them tied and stores both."""
         name = f"{self._names.head}.weight"
         if name not in self._tensors:
-            return embedding
+            return True
         head, source = self._tensors[name], self._tensors[f"{self._names.embedding}.weight"]
-        if head.data_ptr() == source.data_ptr() and head.dtype == source.dtype:
-            return embedding
+        if head.data_ptr() == source.data_ptr() and head.dtype == source.dtype:  # both where the checkpoint has them
+            return True
         if self._config.tied_head:
             if torch.equal(head, source):
-                return embedding
+                return True
             logger.warning("%s: its config ties the head to the embedding but the two tensors differ; both are used", self._where)
-        return self._take(name)
+        return False
 
     def _pack(self, matrix: Tensor, stem: str) -> Matrix:
         if self._weights == "shared":
             return matrix
         try:
+            if self._device.type != "cpu":
+                return quantize(matrix, self._weights)
             return pack(matrix, None if self._weights == "packed" else self._weights, self._memory)
         except ValueError as error:
             raise ValueError(f"{self._where}: {stem}: {error}") from None
 
-    def _weight(self, stem: str) -> Tensor:
-        return self._take(f"{stem}.weight")
+    def _weight(self, stem: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        return self._take(f"{stem}.weight", rows, columns)
 
-    def _take(self, name: str) -> Tensor:
+    def _take(self, name: str, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """A tensor, or of it what a shard has: rows where they lie, columns as a copy."""
         tensor = self._tensors[name]
+        if rows is not None:
+            tensor = tensor.detach()[rows]
+        if columns is not None:
+            tensor = tensor.detach()[:, columns].contiguous()
+        if tensor.device != self._device:
+            tensor = tensor.detach().to(self._device)
         if self._dtype is not None and tensor.dtype != self._dtype:
             tensor = tensor.detach().to(self._dtype).contiguous()
         elif not tensor.is_contiguous():

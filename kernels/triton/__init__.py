@@ -12,14 +12,29 @@ from typing import Any
 
 import torch
 
-OPS = ("sample", "beam_select", "verify_drafts")
+OPS = (
+    "embed", "linear", "rms_norm", "silu_mul", "rope_append", "paged_attention", "move_tokens", "copy_blocks", "feed_tokens", "sample",
+    "sample_head", "beam_select", "verify_drafts", "masses", "verify_block",
+)  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
+    "embed": "elementwise",
+    "rms_norm": "elementwise",
+    "silu_mul": "elementwise",
+    "feed_tokens": "elementwise",
+    "rope_append": "rope",
+    "paged_attention": "attention",
+    "move_tokens": "cache",
+    "copy_blocks": "cache",
     "sample": "sampler",
     "Workspace": "sampler",
     "beam_select": "beam",
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
+    "verify_block": "verify",
+    "masses": "row_masses",
+    "linear": "linear_launch",
+    "sample_head": "head",
 }
 
 

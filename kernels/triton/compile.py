@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and reports what the code uses: ``python -m engine.kernels.triton.compile``.
 
-Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. A module
+Registers spilled to memory make a kernel slow, fused multiply-adds make it wrong in the last bit: the tests fail on either. (Products of
+float32 are made of fused multiply-adds, explicitly and so always alike; no test compiles them.) A module
 ``cases_*`` for each family of ops names the ways in which calls specialise its kernels.
 """
 
@@ -19,18 +20,25 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cases_decide
+from . import cases_attention, cases_decide, cases_forward, cases_head, cases_linear
 from .launch import OPTIONS, WARPS, Launch
 
 ARCHITECTURES = (80, 90)
 # Of each family of ops: the name of a variant, and the launches of calls on meta tensors.
-CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (cases_decide.cases,)
+CASES: tuple[Callable[[], Iterator[tuple[str, Iterable[Launch]]]], ...] = (
+    cases_decide.cases, cases_forward.cases, cases_linear.cases, cases_head.cases, cases_attention.cases,
+)  # fmt: skip
 _DTYPE = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float64: "fp64",
+    torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -73,6 +81,13 @@ def _source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def _serves(architecture: int, arguments: dict[str, Any]) -> bool:
+    """Whether the architecture has the dtypes of a call, and attention's wide tiles."""
+    if architecture < 90 and arguments.get("SPLIT_TILES") == 0:
+        return False
+    return architecture >= 89 or not any(isinstance(a, Tensor) and a.dtype == torch.float8_e4m3fn for a in arguments.values())
+
+
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_BIN / tool), *arguments], check=True, capture_output=True, text=True).stdout
 
@@ -89,10 +104,14 @@ def _usage(kernel: Any, variant: str, architecture: int, warps: int, compiled: A
 
 def _fused(compiled: Any, code: str) -> int:
     """How many multiplications and additions are, or may be, one operation. In PTX each must be rounded by itself (`.rn` forbids fusing).
-    The code has FFMA only where it divides: five for each reciprocal, and those of the division's slow path behind the kernel."""
-    loose = re.findall(r"\bfma\.|\b(?:mul|add|sub)\.(?:ftz\.)?f32", compiled.asm["ptx"])
+    The code has FFMA only where it divides: five for each reciprocal, and those of the division's slow path behind the kernel; none for
+    the reciprocal of an approximate division, and one in each of float64."""
+    ptx = compiled.asm["ptx"]
+    loose = re.findall(r"\bfma\.|\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64)", ptx)
     body = re.split(r"^\S*__cuda_\w*div\w*:", code, maxsplit=1, flags=re.MULTILINE)[0]
-    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - 5 * len(re.findall(r"\bMUFU\.RCP\b", body)))
+    reciprocals = len(re.findall(r"\bMUFU\.RCP\b", body)) - len(re.findall(r"\bdiv\.full\.", ptx))
+    divisions = 5 * reciprocals + len(re.findall(r"\bdiv\.rn\.f64\b", ptx))
+    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - divisions)
 
 
 def table(
@@ -111,7 +130,7 @@ def table(
                 if kernel.__name__ not in kernels:
                     continue
                 options = {name: arguments[name] for name in OPTIONS if name in arguments} | {"enable_fp_fusion": fusion}
-                for architecture in architectures:
+                for architecture in (a for a in architectures if _serves(a, arguments)):
                     compiled = triton.compile(_source(kernel, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
                     rows.append(_usage(kernel, variant, architecture, arguments["num_warps"], compiled, Path(folder)))
     return rows

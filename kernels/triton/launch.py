@@ -16,6 +16,9 @@ from .sample_scan import sample_scan
 CHUNK = _CHUNK.value
 # Threads of each kernel / 32, tuned for registers: see `compile`.
 WARPS = {
+    "attention_walk": 8,
+    "attention_splits": 8,
+    "attention_merge": 1,
     "sample_adjust": 4,
     "sample_scan": 8,
     "sample_settle": 16,
@@ -32,8 +35,27 @@ WARPS = {
     "beam_gather": 8,
     "beam_finish": 8,
     "verify_walk": 1,
+    "masses_write": 8,
+    "chain_totals": 4,
+    "chain_weights": 1,
+    "chain_residuals": 4,
+    "chain_accept": 1,
+    "chain_draw": 4,
+    "chain_tokens": 1,
+    "embed_rows": 4,
+    "quantized_rows": 4,
+    "norm_rows": 4,
+    "silu_rows": 4,
+    "feed_rows": 4,
+    "rope_heads": 8,
+    "tokens_move": 4,
+    "blocks_copy": 4,
+    "linear_tiles": 4,
+    "linear_finish": 4,
+    "head_tiles": 4,
+    "head_merge": 4,
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # of a launch that are no arguments of its kernel
 _PENALTIES = ("repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start")
 
 Launch = tuple[Any, tuple[int, ...], dict[str, Any]]  # a kernel, its grid and its arguments

@@ -94,6 +94,14 @@ def _unit(words):
 
 
 @triton.jit
+def _tailed(words, tails, unit):
+    """``unit`` with the tail ``L`` of words below 256."""
+    wide = (words.to(tl.int64) << 32) | tails.to(tl.int64)
+    wide = tl.where(words < _TAIL_WORDS, wide, 0) * 2 + 1
+    return tl.where(words < _TAIL_WORDS, wide.to(tl.float32) * 2.0**-65, unit)
+
+
+@triton.jit
 def _log_exponential(small, unit):
     """``log(E)`` from ``_unit``."""
     f, exponent = split(unit)
@@ -111,10 +119,7 @@ def log_exponential(words):
 def log_exponential_tailed(words, tails):
     """``log(E)`` with the tail ``L`` of words below 256."""
     small, unit = _unit(words)
-    wide = (words.to(tl.int64) << 32) | tails.to(tl.int64)
-    wide = tl.where(words < _TAIL_WORDS, wide, 0) * 2 + 1
-    unit = tl.where(words < _TAIL_WORDS, wide.to(tl.float32) * 2.0**-65, unit)
-    return _log_exponential(small, unit)
+    return _log_exponential(small, _tailed(words, tails, unit))
 
 
 @triton.jit
@@ -134,6 +139,29 @@ def token_noise(tokens, seed, position, stream):
     words = token_words(tokens, _SAMPLE, seed, position, stream)
     if needs_tail(words):
         noise = log_exponential_tailed(words, token_words(tokens, _TAIL, seed, position, stream))
+    else:
+        noise = log_exponential(words)
+    return noise
+
+
+@triton.jit
+def _tile_words(tokens, domain: tl.constexpr, seed, position, stream, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        quads = tl.max(tl.reshape(tokens, [tokens.numel // 4, 4]), axis=1) >> 2
+        w0, w1, w2, w3 = _block(quads[None, :], domain, seed, position, stream)
+        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [seed.numel, tokens.numel])
+    else:
+        words = token_words(tokens[None, :], domain, seed, position, stream)
+    return words
+
+
+@triton.jit
+def tile_noise(tokens, seed, position, stream, ALIGNED: tl.constexpr):
+    """``log(E)`` of ``tokens [N]`` in each of R rows, ``[R, N]``; the others are ``[R, 1]``. ALIGNED: the tokens are consecutive and begin
+    with a multiple of 4, so that four of them share the work for their words."""
+    words = _tile_words(tokens, _SAMPLE, seed, position, stream, ALIGNED)
+    if tl.max(tl.max((words < _TAIL_WORDS).to(tl.int32), axis=1), axis=0) > 0:
+        noise = log_exponential_tailed(words, _tile_words(tokens, _TAIL, seed, position, stream, ALIGNED))
     else:
         noise = log_exponential(words)
     return noise

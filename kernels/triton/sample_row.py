@@ -42,12 +42,26 @@ LISTED = tl.constexpr(1)  # the row has lists
 LIST_BAD = tl.constexpr(2)  # one of them is out of range
 
 # Arguments whose value or alignment must not make Triton compile anew in the middle of a run, for they gain nothing from it.
-_ANY_VALUE = ("chunks", "penalty_size", "bias_size", "end_size", "num_top", "rows", "groups", "num_candidates", "room")
+_ANY_VALUE = (
+    "chunks",
+    "penalty_size",
+    "bias_size",
+    "end_size",
+    "num_top",
+    "rows",
+    "groups",
+    "num_candidates",
+    "room",
+    "num_drawn",
+    "entries",
+    "first_token",
+    "tiles",
+)
 _ANY_ALIGNMENT = (
     "temperature", "top_k", "top_p", "min_p", "seed", "position", "stream",
     "repetition", "presence", "frequency", "penalty_token", "penalty_count", "penalty_start",
     "bias_token", "bias_value", "bias_start", "end_token", "end_position", "end_start", "allowed", "scores", "group_start",
-    "draft", "parent", "start",
+    "draft", "parent", "start", "ids", "positions", "slots", "source", "target", "drawn",
 )  # fmt: skip
 
 _GREEDY_BELOW = tl.constexpr(law.GREEDY_BELOW)

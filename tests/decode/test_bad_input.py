@@ -143,7 +143,8 @@ def test_the_decoder_stays_usable(decoder: Decoder):
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0"),
         ({"max_batch_tokens": 2}, ValueError, "max_batch_tokens is 2; it must be at least max_batch_size, which is 64"),
         ({"kv_dtype": torch.float64}, ValueError, "kv_dtype is torch.float64"),
-        ({"kernels": "fast"}, ValueError, "backend is 'fast'; known backends are auto, cpu, "),
+        ({"kv_dtype": torch.float8_e4m3fn}, ValueError, "kv_dtype is torch.float8_e4m3fn, which is for GPUs"),
+        ({"kernels": "quick"}, ValueError, "backend is 'quick'; known backends are auto, cpu, "),
         ({"tokenizer": "nowhere"}, FileNotFoundError, "tokenizer 'nowhere' not found"),
         ({"tokenizer": 5}, TypeError, "tokenizer is a int"),
         ({"max_batch_size": 2.5}, TypeError, "max_batch_size is 2.5; it must be an integer"),
@@ -159,7 +160,7 @@ def test_a_decoder_that_cannot_be(options, error, words):
 
 
 def test_memory_for_less_than_one_block_is_said(monkeypatch):
-    monkeypatch.setattr("engine.kv_cache.available_memory", lambda: 1000)
+    monkeypatch.setattr("engine.kv_cache.available_memory", lambda device: 1000)
     with pytest.raises(MemoryError, match="one cache block of 16 tokens takes .* bytes, and the cache may take 250"):
         Decoder.bundled()
 
@@ -250,7 +251,7 @@ NO_DRAFTER = "it must be a model, a path, 'bundled', a drafter (PromptLookup(), 
         (lambda: [PromptLookup(), ()], ValueError, "draft is an empty list"),
         (lambda: "nowhere", FileNotFoundError, "draft: 'nowhere' does not exist"),
         (lambda: torch.nn.Linear(2, 2), ValueError, "draft: model is a Linear"),
-        (lambda: small_llama().to("meta"), ValueError, "draft: model LlamaForCausalLM has parameters on device meta"),
+        (lambda: small_llama().to("meta"), ValueError, "draft: model LlamaForCausalLM is on device meta; it must be on one of cpu, cuda"),
         (lambda: small_llama(vocab_size=99), ValueError,
          "draft model LlamaForCausalLM has a vocabulary of 99 tokens; it must have the model's 101"),
         (lambda: small_llama(max_position_embeddings=128), ValueError,

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 
+import pytest
+from decode.fake_device import on_fake_device
 from decode.small_models import small_llama
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -23,6 +26,8 @@ PARAMS = [
     SamplingParams(max_new_tokens=1),
     BeamParams(max_new_tokens=9, num_beams=3, num_return_sequences=2),
     BeamParams(max_new_tokens=5, num_beams=4, num_beam_groups=2, diversity_penalty=0.4),
+    SamplingParams(max_new_tokens=20, temperature=1.0, top_p=0.9, seed=3, num_return_sequences=2),
+    SamplingParams(max_new_tokens=40, temperature=2.0, seed=4, stop_token_ids=list(range(20))),
 ]
 
 _model = small_llama()
@@ -39,6 +44,15 @@ def alone(prompt: int, params: int) -> list[tuple]:
 
 
 class Machine(RuleBasedStateMachine):
+    forward = "forward_logits"  # what of the model a step calls
+    params: Sequence[int] = range(len(PARAMS))
+
+    def settle_on_device(self) -> None:
+        """Where this decoder's steps run."""
+
+    def same(self, logprobs: list[float], expected: list[float]) -> bool:
+        return logprobs == expected
+
     @initialize(
         seed=st.integers(0, 2**32 - 1),
         cache_tokens=st.sampled_from([192, 320, 1024]),
@@ -53,12 +67,13 @@ class Machine(RuleBasedStateMachine):
             _model, cache_tokens=cache_tokens, max_batch_size=size, max_batch_tokens=40, prefill_chunk=chunk, prefix_cache=True,
             draft=DraftModel(_model) if drafts else None,
         )  # fmt: skip
+        self.settle_on_device()
         self.decoder.loop.scheduler.clock = lambda: self.now
         self.submissions: list[tuple[Submission, int, int]] = []
 
     @rule()
     def submit(self) -> None:
-        prompt, params = self.rng.randrange(len(PROMPTS)), self.rng.randrange(len(PARAMS))
+        prompt, params = self.rng.randrange(len(PROMPTS)), self.rng.choice(self.params)
         terms = {"priority": self.rng.choice([0, 0, -1, 1]), "timeout": self.rng.choice([None, None, 2.0]), "cache_salt": None}
         submission = self.decoder.submit(PROMPTS[prompt], params=PARAMS[params], **terms)
         self.submissions.append((submission, prompt, params))
@@ -91,20 +106,20 @@ class Machine(RuleBasedStateMachine):
     @rule(error=st.sampled_from([RuntimeError, KeyboardInterrupt]), after=st.booleans())
     def fail(self, error: type[BaseException], after: bool) -> None:
         model = self.decoder.loop.runner.model
-        forward = model.forward_logits
+        forward = getattr(model, self.forward)
 
         def failing(*step):
             if after:
                 forward(*step)
-            raise error
+            raise error("planted")
 
-        model.forward_logits = failing  # type: ignore[method-assign]
+        setattr(model, self.forward, failing)
         try:
             self.decoder.step()
         except KeyboardInterrupt:
             assert error is KeyboardInterrupt
         finally:
-            del model.forward_logits
+            delattr(model, self.forward)
         self.decoder.loop.scheduler.check()
 
     def teardown(self) -> None:
@@ -139,14 +154,38 @@ class Machine(RuleBasedStateMachine):
             assert [token for event in events[index] for token in event.token_ids] == output.token_ids
             tokens, logprobs, reason = expected[index]
             if output.finish_reason in ("abort", "error"):
+                assert output.finish_reason == "abort" or "planted" in output.error
                 if not submission.requests[0].searches:
                     assert output.token_ids == tokens[: len(output.token_ids)]
-                    assert output.logprobs == logprobs[: len(output.token_ids)]
+                    assert self.same(output.logprobs, logprobs[: len(output.token_ids)])
             else:
-                assert (output.token_ids, output.logprobs, output.finish_reason) == (tokens, logprobs, reason)
+                assert (output.token_ids, output.finish_reason) == (tokens, reason)
+                assert self.same(output.logprobs, logprobs)
+
+
+class MachineOnDevice(Machine):
+    """Steps as on a GPU: graphs of padded sizes, the host one step behind, rows drawn by the LM head."""
+
+    forward = "hidden"
+
+    def settle_on_device(self) -> None:
+        self.device = on_fake_device(self.decoder, self.rng.randrange(1 << 30))
+        # Steps run ahead of their tokens where all rows are such as the device draws for, and nobody drafts.
+        if self.decoder.loop.speculator is None:
+            self.params = self.rng.choice([(0, 1, 3, 6, 7), self.params])
+
+    @rule()
+    def run_on(self) -> None:
+        for _ in range(30):
+            self.decoder.step()
+        self.decoder.loop.scheduler.check()
+
+    def same(self, logprobs: list[float], expected: list[float]) -> bool:
+        return logprobs == pytest.approx(expected, abs=1e-5)  # sums in another order
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(
+TestMachineOnDevice = MachineOnDevice.TestCase
+TestMachine.settings = TestMachineOnDevice.settings = settings(
     max_examples=100, stateful_step_count=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

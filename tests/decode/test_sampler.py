@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 import torch
 
 from engine import Decoder, kernels
-from engine.decode.sample import Sampler
-from engine.request import Drawn, Request
+from engine.decode.sample import FILTERED, FUSED, PREPARED, Sampler, columns_of, drawn_by, drawn_of, law
+from engine.kernels import merge_draws
+from engine.request import Drawn, Lookahead, Request
 
 OPTIONS = (
     {"do_sample": False},
@@ -56,6 +58,27 @@ def test_it_draws_what_a_new_one_draws(decoder, ops: kernels.Ops, seed: int):
         assert repr(drawn) == repr(alone)  # NaN is not itself
         for row, one in zip(rows, drawn, strict=True):
             row.append(one._replace(token=one.token if one.error is None else 13))
+
+
+def test_rows_that_the_head_draws_for(decoder, ops: kernels.Ops):
+    """What can draw for rows is what their options ask for; fused, they get what they would get from logits."""
+    kinds = [FUSED, FUSED, FILTERED, FILTERED, *[PREPARED] * 7]
+    requests = [make(decoder, options, i) for i, options in enumerate(OPTIONS)]
+    assert [drawn_by([request]) for request in requests] == kinds
+    assert drawn_by([*requests[:2], requests[2]]) == FILTERED and drawn_by([*requests[:3], requests[4]]) == PREPARED
+    greedy = make(decoder, {"do_sample": False, "top_k": 5, "top_p": 0.5}, 0)
+    assert drawn_by([greedy]) == FUSED
+
+    rows: list[Request | Lookahead] = [*requests[:2], greedy]
+    logits = 3 * torch.randn(3, 101, generator=torch.Generator().manual_seed(0))
+    logits[0, 5], logits[1, 7] = float("nan"), float("inf")
+    temperature, *_, seed, position, stream = law(rows, array("i", [row.num_tokens for row in rows]))
+    heads = [merge_draws([ops.sample_head(torch.ones(3, 1), row[:, None], temperature, seed, position, stream)]) for row in logits]
+    fused = [drawn_of(columns_of(result), rows)[r] for r, result in enumerate(heads)]
+    for one, other in zip(fused, Sampler(ops).draw(logits.clone(), rows), strict=True):
+        assert (one.token, one.error) == (other.token, other.error)
+        assert one.logprob == pytest.approx(other.logprob, abs=4e-6, nan_ok=True)
+        assert one.processed_logprob == pytest.approx(other.processed_logprob, abs=4e-6, nan_ok=True)
 
 
 def test_all_stays_well_after_an_interruption(decoder, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from real_configs import VARIANTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.kernels import PackedWeight
-from engine.models import LoadedModel, load
+from engine.kernels import PackedWeight, select
+from engine.models import LoadedModel, Transformer, load
+from engine.models.checkpoint import open_tensors, weight_files
+from engine.models.families import find_family
+from engine.models.weights import Assembler
 
 LLAMA = VARIANTS["llama-3.1-8b"]
 TIED = VARIANTS["qwen2-0.5b"]
@@ -329,7 +333,7 @@ def test_live_models_that_cannot_be_used() -> None:
         load(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model is a dict"):
         load({})
-    with pytest.raises(ValueError, match="LlamaForCausalLM has parameters on device meta: not yet"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is on device meta; it must be on one of cpu, cuda"):
         load(model.to("meta"))
 
 
@@ -358,3 +362,41 @@ def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="install huggingface_hub"):
         load("owner/model")
+
+
+# ---- devices ----
+
+
+def test_device_that_is_not_there(tmp_path: Path) -> None:
+    model = hf_model(LLAMA)
+    folder = saved(model, tmp_path / "m")
+    for source in (model, folder):
+        for bad in ("meta", "gpu", 3.5):
+            with pytest.raises(ValueError, match=f"device is '{bad}'; it must be one of cpu, cuda, with a number or without, or None"):
+                load(source, device=bad)  # type: ignore[arg-type]
+        assert load(source, device="cpu").model.device == torch.device("cpu")
+        if not torch.cuda.is_available():
+            with pytest.raises(ValueError, match="device is 'cuda', and torch finds no CUDA GPU"):
+                load(source, device="cuda")
+
+
+def test_live_model_on_two_devices() -> None:
+    model = hf_model(LLAMA)
+    model.model.norm.to("meta")
+    message = "LlamaForCausalLM must lie on one device, and model.embed_tokens.weight is on cpu while model.norm.weight is on meta"
+    with pytest.raises(ValueError, match=message):
+        load(model)
+
+
+def test_tensors_go_to_another_device(tmp_path: Path) -> None:
+    """All of them, those of the tables too; "meta" stands for a GPU, as what is there has no values to compare."""
+    model = hf_model(LLAMA)
+    folder = saved(model, tmp_path / "m")
+    loaded = load(folder, weights="shared", dtype="bfloat16")
+    names, meta = find_family("llama", ("LlamaForCausalLM",)).names, torch.device("meta")
+    built = Assembler(loaded.config, names, open_tensors(weight_files(folder)), "m", torch.bfloat16, meta, "shared").build()
+    moved = replace(loaded, model=Transformer(loaded.config, built, select("meta")))
+    assert moved.model.device == meta
+    for ours, theirs in zip(flat(loaded), flat(moved), strict=True):
+        assert (theirs.device, theirs.shape, theirs.dtype) == (meta, ours.shape, ours.dtype)
+    assert moved.model.cos.device == moved.model.sin.device == meta

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from model_helpers import TOLERANCE, hf_model, run_logits, some_tokens
 from real_configs import VARIANTS
 from test_model_load import saved
+from torch import Tensor
 
 from engine import Decoder
-from engine.kernels import PackedWeight, cpu, select
-from engine.models import load
+from engine.kernels import PackedWeight, cpu, quantize, quantized, select
+from engine.models import Transformer, load
 
 UNTIED, TIED = VARIANTS["llama-3.1-8b"], VARIANTS["qwen2-0.5b"]
 needs_cpp = pytest.mark.skipif(cpu.unavailable("cpu") is not None, reason=str(cpu.unavailable("cpu")))
@@ -103,9 +106,30 @@ def test_decoder_keeps_the_token_law(weights: str) -> None:
     assert [o.token_ids for o in decoder.generate(prompts, **options, seed=5)] == [o.token_ids for o in together]
 
 
+@pytest.mark.parametrize("format", quantized.FORMATS)
+@pytest.mark.parametrize("raw", [UNTIED, TIED], ids=["untied", "tied"])
+def test_quantised_for_a_gpu_in_the_oracle(raw: dict[str, Any], format: str) -> None:
+    """What a GPU computes with, matrix by matrix, is what their dense forms give; a tied head is the embedding."""
+    loaded = load(hf_model(raw), ops=select("cpu", "reference"))
+    kept = loaded.model.weights
+    tokens = some_tokens(20, loaded.config.vocab_size)
+
+    def with_matrices(change: Callable[[Any], Any]) -> Tensor:
+        parts = ("qkv", "out", "gate_up", "down")
+        layers = tuple(replace(layer, **{p: tuple(map(change, getattr(layer, p))) for p in parts}) for layer in kept.layers)
+        head = change(kept.head)
+        weights = replace(kept, layers=layers, head=head, embedding=head if kept.embedding is kept.head else kept.embedding)
+        return run_logits(Transformer(loaded.config, weights, loaded.model.ops), tokens)
+
+    logits = with_matrices(lambda m: quantize(m, format))
+    assert (logits - with_matrices(lambda m: quantize(m, format).dense())).abs().max() < TOLERANCE
+    exact = run_logits(loaded.model, tokens)
+    assert 0 < (logits - exact).norm() < {"int8": 0.05, "int4": 0.4, "fp8": 0.15}[format] * exact.norm()
+
+
 def test_bad_input(tmp_path: Path) -> None:
     model = hf_model(TIED)
-    with pytest.raises(ValueError, match="weights is 'fp8'; it must be None or one of shared, packed, int8, int4"):
+    with pytest.raises(ValueError, match="weights is 'fp8'; on cpu it must be None or one of shared, packed, int8, int4"):
         load(model, weights="fp8")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight[3, 5] = torch.inf

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.kernels import checks
+
 GARBAGE = -123456  # where nothing may be read
 NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)  # of caches
@@ -18,42 +20,49 @@ DTYPE_IDS = ("fp32", "bf16", "int8")
 
 def empty_caches(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values that all are NaN."""
-    if dtype == torch.int8:  # -1 four times is a NaN of float32
+    if dtype in (torch.int8, torch.float8_e4m3fn):  # -1 four times is a NaN of float32, and by itself one of float8
         shape = (num_blocks, num_kv_heads, block_size // 16, head_dim + 4, 16)
-        return torch.full(shape, -1, dtype=dtype), torch.full(shape, -1, dtype=dtype)
+        key_cache, value_cache = (torch.full(shape, -1, dtype=torch.int8).view(dtype) for _ in range(2))
+        return key_cache, value_cache
     key_cache = torch.full((num_blocks, num_kv_heads, block_size // 16, head_dim, 16), NAN, dtype=dtype)
     return key_cache, torch.full((num_blocks, num_kv_heads, block_size, head_dim), NAN, dtype=dtype)
 
 
 def int8_tokens(cache: Tensor, is_key: bool) -> tuple[Tensor, Tensor]:
-    """Views of an int8 cache: integers ``[num_blocks, sub-block, token in it, num_kv_heads, head_dim]`` and scales without the last."""
-    rows, head_dim = cache.flatten(-2), cache.shape[3] - 4
+    """Views of a cache with scales: bytes ``[num_blocks, sub-block, token in it, num_kv_heads, head_dim]``, and scales without the last."""
+    cache = cache.view(torch.int8)
+    rows, head_dim = cache.view(torch.int8).flatten(-2), cache.shape[3] - 4
     integers = rows[..., : 16 * head_dim]
     integers = integers.unflatten(-1, (head_dim, 16)).mT if is_key else integers.unflatten(-1, (16, head_dim))
     return integers.permute(0, 2, 3, 1, 4), rows[..., 16 * head_dim :].view(torch.float32).permute(0, 2, 3, 1)
 
 
 def put(cache: Tensor, is_key: bool, block: Tensor, offset: Tensor, x: Tensor | float) -> None:
-    """Write ``x [tokens, num_kv_heads, head_dim]`` or one value into slots. Of int8, values that are a scale times integers up to 127."""
-    if cache.dtype == torch.int8:
+    """Write ``x [tokens, num_kv_heads, head_dim]`` or one value into slots. Of a cache with scales, values of ``in_scaled``."""
+    if cache.dtype in checks.SCALED_DTYPES:
         integers, scales = int8_tokens(cache, is_key)
         if isinstance(x, float):
             scales[block, offset // 16, offset % 16] = x
         else:
-            largest = x.abs().amax(-1)
-            scales[block, offset // 16, offset % 16] = largest / 127
-            integers[block, offset // 16, offset % 16] = (x / (largest / 127)[..., None]).round().to(torch.int8)
+            scale = x.abs().amax(-1) / checks.cache_limit(cache.dtype)
+            scales[block, offset // 16, offset % 16] = scale
+            numbers = x / scale[..., None]
+            numbers = numbers.round() if cache.dtype == torch.int8 else numbers
+            integers[block, offset // 16, offset % 16] = numbers.to(cache.dtype).view(torch.int8)
     elif is_key:
         cache[block, :, offset // 16, :, offset % 16] = x
     else:
         cache[block, :, offset] = x
 
 
-def in_int8(x: Tensor) -> Tensor:
-    """Near ``x``, but what an int8 cache holds: integers of which the largest is 127, times scales so short that products are exact."""
-    scales = (x.abs().amax(-1) / 127).bfloat16().float()[..., None]
-    integers = (x / scales).round().clamp(-127, 127)
-    return integers.scatter(-1, x.abs().argmax(-1, keepdim=True), 127.0) * scales
+def in_scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Near ``x``, but what a cache with scales holds: its numbers, of which the largest is the limit, times scales so short that products
+    are exact."""
+    limit = checks.cache_limit(dtype)
+    scales = (x.abs().amax(-1) / limit).bfloat16().float()[..., None]
+    numbers = (x / scales).clamp(-limit, limit)
+    numbers = numbers.round() if dtype == torch.int8 else numbers.to(dtype).float()
+    return numbers.scatter(-1, x.abs().argmax(-1, keepdim=True), limit) * scales
 
 
 @dataclass
@@ -186,7 +195,7 @@ def make_batch(
     """A random batch."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
-    round_ = in_int8 if dtype == torch.int8 else lambda x: x.to(dtype)
+    round_ = (lambda x: in_scaled(x, dtype)) if dtype in checks.SCALED_DTYPES else (lambda x: x.to(dtype))
     keys, values = (
         [round_(torch.randn(context, num_kv_heads, head_dim, generator=generator)) for context in contexts] for _ in range(2)
     )  # fmt: skip

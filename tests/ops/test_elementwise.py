@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forward_cases import rope_case
 from torch import Tensor
 
 from engine import kernels
@@ -118,40 +119,6 @@ def test_silu_mul_of_extremes(ops: Any) -> None:
 
 
 # ---- rope_append ----
-
-
-def rope_case(
-    tokens: int,
-    heads: tuple[int, int],
-    head_dim: int,
-    rot: int,
-    *,
-    block_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    norm: torch.dtype | None = None,
-    interleaved: bool = False,
-) -> dict[str, Any]:
-    """Arguments of rope_append; every third slot is -1, the caches start as NaN."""
-    num_heads, num_kv_heads = heads
-    generator = torch.Generator().manual_seed(tokens * 1000 + head_dim + rot)
-    angles = torch.rand(60, rot // 2, generator=generator) * 6
-    num_blocks = -(-tokens // block_size) + 2
-    slots = torch.randperm(num_blocks * block_size, generator=generator)[:tokens].int()
-    slots[1::3] = -1
-    return {
-        "qkv": torch.randn(tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator),
-        "positions": torch.randint(0, 60, (tokens,), generator=generator, dtype=torch.int32),
-        "slots": slots,
-        "cos": angles.cos(),
-        "sin": angles.sin(),
-        "key_cache": torch.full((num_blocks, num_kv_heads, block_size // 16, head_dim, 16), torch.nan, dtype=dtype),
-        "value_cache": torch.full((num_blocks, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype),
-        "num_heads": num_heads,
-        "interleaved": interleaved,
-        "q_norm": None if norm is None else torch.randn(head_dim, generator=generator).to(norm),
-        "k_norm": None if norm is None else torch.randn(head_dim, generator=generator).to(norm),
-        "norm_eps": 1e-5,
-    }
 
 
 def rope_cases() -> Iterator[dict[str, Any]]:
@@ -333,7 +300,7 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "rope cache dtype": (
         _rope(key_cache=lambda t: t.half()),
         TypeError,
-        "key_cache must be .* or int8, got torch.float16",
+        "key_cache must be .* or float8_e4m3fn, got torch.float16",
     ),
     "rope cache strides": (_rope(key_cache=lambda t: t.mT.contiguous().mT), ValueError, "key_cache must be contiguous"),
 }

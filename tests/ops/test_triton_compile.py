@@ -8,7 +8,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-VARIANTS = ("plain bf16", "everything fp32")  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
+VARIANTS = (
+    "plain bf16",
+    "everything fp32",
+    "forward fp32",
+    "forward fp8 cache",
+    "linear: bf16, split",
+    "linear: int4, split",
+    "head: bf16",
+)  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,14 @@ LAYERS = (
     ("engine.step_threads",),
     ("engine.decoder",),
     ("engine.loop",),
+    ("engine.choose_runner",),
+    ("engine.parallel_runner",),
     (
         "engine.admission",
         "engine.decode",
         "engine.drafters",
         "engine.explain",
+        "engine.graph_runner",
         "engine.pace",
         "engine.plan",
         "engine.runner",
@@ -42,7 +45,7 @@ LAYERS = (
         "engine.tokenizer",
         "engine.verify",
     ),
-    ("engine.columns", "engine.option_checks"),
+    ("engine.columns", "engine.device", "engine.option_checks", "engine.parallel"),
     ("engine.kernels",),
 )
 # room -> packages it reaches neither itself nor through another room
