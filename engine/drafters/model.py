@@ -32,6 +32,7 @@ from .tree import Tree, alternatives
 # Whether one more token is worth drafting for the i-th request, after drafted ones of such confidence.
 Worth = Callable[[int, Sequence[float]], bool]
 
+_GPU_SHARE = 0.4  # of the memory that the model's own cache has left, at most; the rest is for activations and graphs
 _PREFILL = 512  # most tokens of one step
 _MANY = 64  # tokens of a step whose time tells what each takes
 _USUAL = 8  # tokens of one sequence, of a step that catches up on what has just been verified
@@ -131,7 +132,8 @@ class DraftModel:
         bytes_per_block = block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, block_size, dtype)
         longest = config.max_position + MAX_DRAFT + 1
         device = self.model.device
-        num_blocks = size_cache(None, max_batch_size * longest, block_size, bytes_per_block, device)
+        share = _GPU_SHARE if device.type == "cuda" else None
+        num_blocks = size_cache(None, max_batch_size * longest, block_size, bytes_per_block, device, share)
         self._pool = BlockPool(num_blocks, block_size)
         cache = KVCache(c.num_layers, c.num_kv_heads, c.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
         self._runner = Runner(self.model, cache, block_size)
