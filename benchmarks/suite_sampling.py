@@ -3,7 +3,8 @@
 Two kinds of logits. "normal": normal(0, 3^2); 0.9 of the mass is spread over thousands of tokens. "peaked", as language models give: the
 probability of the r-th likely token falls as (r + 5)^-2, ids shuffled; 0.9 of the mass lies in some 40 tokens.
 
-On "cuda" times come from events, the limit is a copy, and FlashInfer is a peer where it is installed. That side has never run.
+On "cuda" times come from events, the limit is a copy, the CUDA kernel is timed beside Triton's in every case, and FlashInfer is a peer
+where it is installed. That side has never run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from samplers import Controls
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.kernels import EndTokens, LogitBias, Penalties, cpu
+from engine.kernels import EndTokens, LogitBias, Penalties, backends, cpu
 
 CONTROLS = {
     "unfiltered": Controls(),
@@ -150,6 +151,7 @@ def extras(rows: int, vocab: int, device: torch.device) -> dict[str, tuple[Contr
 
 def run(setting: Setting) -> dict[str, Any]:
     quick, device = setting.quick, torch.device(setting.device)
+    cuda_kernel = device.type == "cuda" and backends("cuda")["cuda"] is None  # beside Triton's: kernels/crossover.py
     rounds, slow_rounds = (2, 1) if quick else (7, 3)
     cells = [
         (kind, dtype, vocab, rows)
@@ -169,6 +171,8 @@ def run(setting: Setting) -> dict[str, Any]:
             with_peers = dtype == torch.float32 and vocab == LARGEST
             for control, controls in CONTROLS.items():
                 contenders[control] = samplers.ours(controls, rows, device)
+                if cuda_kernel:
+                    contenders[f"{control}|CUDA kernel"] = samplers.ours(controls, rows, device, "cuda")
                 if with_peers and (rows < 256 or control == "top-k 50"):
                     contenders |= {f"{control}|{who}": s for who, s in samplers.peers(controls, rows, vocab, device).items()}
             if with_peers and rows == 64:
