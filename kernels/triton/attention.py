@@ -118,12 +118,12 @@ def _query_tile(group: int, rows: int) -> dict[str, int]:
 
 
 def _key_tile(q: Tensor, key_cache: Tensor, head_dim: int) -> dict[str, int]:
-    """How many positions a key tile has, and how many tiles are on their way to the shared memory: a matter of bytes."""
+    """How many positions a key tile has, and how deep their loads are pipelined: a matter of registers."""
     wide = power_of_two(max(head_dim, 16)) * max(q.element_size(), key_cache.element_size())
     if q.dtype == torch.float32:
         wide *= 2  # a product of float32 is three of halves that need registers
     tile = 64 if wide <= 256 and q.dtype != torch.float32 else 32 if wide <= 512 else 16
-    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 5}
+    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 3 if q.dtype == torch.float32 else 5}
 
 
 def _arguments(
