@@ -84,7 +84,13 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json or its folder; default: the model's own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="convert the weights; default: as stored")
     parser.add_argument(
-        "--weights", choices=WEIGHTS["cpu"], help="how matrices are kept: read in place, packed, or packed and quantised; default: packed"
+        "--weights",
+        choices=tuple(dict.fromkeys((*WEIGHTS["cpu"], *WEIGHTS["cuda"]))),
+        help="how matrices are kept: read in place, packed (CPU), or quantised (fp8: GPU); default: packed on a CPU, shared on a GPU",
+    )
+    parser.add_argument("--device", metavar="cpu|cuda", help="where the model goes; default: a GPU if there is one")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="on a GPU: outputs that do not depend on what else is decoded, to the bit"
     )
     parser.add_argument("--kernels", default="auto", choices=("auto", *kernels_module.BACKENDS), help="which backend computes")
 
@@ -165,6 +171,7 @@ def _file_or_text(value: str) -> str:
 
 def _decoder(arguments: argparse.Namespace, **options: Any) -> Decoder:
     options |= {"tokenizer": arguments.tokenizer, "kernels": arguments.kernels, "weights": arguments.weights}
+    options |= {"device": arguments.device, "deterministic": arguments.deterministic}
     if arguments.dtype:
         options["dtype"] = getattr(torch, arguments.dtype)
     if arguments.draft:

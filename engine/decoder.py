@@ -16,8 +16,8 @@ from . import kernels as kernels_module
 from . import parallel_runner
 from .admission import DEFAULT_NEW_TOKENS, build_requests, check_terms
 from .blocks import BlockPool
+from .choose_runner import choose_runner
 from .decode.grammar import Grammars
-from .device import HostDevice
 from .drafters.speculator import Speculator, make_drafters
 from .explain import Explanation, explain
 from .kv_cache import KVCache, block_bytes, size_cache
@@ -28,10 +28,11 @@ from .parallel import Parallel
 from .params import SamplingParams
 from .prompts import Prompts, to_token_lists
 from .request import Submission
-from .runner import Runner
 from .scheduler import Scheduler
 from .stats import Stats
 from .tokenizer import Tokenizer
+
+MAX_BATCH_TOKENS = {"cpu": 512, "cuda": 2048}
 
 
 class Decoder:
@@ -44,17 +45,22 @@ class Decoder:
         max_position: shorten the model's length, and with it the RoPE tables; default: the model's own.
         origin_config: for a bare checkpoint file of the origin model, what its shapes do not tell, e.g. ``{"n_heads": 12}``.
         dtype: convert the weights of a folder to this on loading; default: as stored.
-        weights: "shared": read where they lie (a live model's changes are seen by the next step, nothing is copied); "packed": an own copy
-            in the kernels' order, faster with several rows a step; "int8" or "int4": that copy quantised, per output channel or in groups
-            of 32 inputs, with activations in int8. Default: "shared" for a live model, "packed" for a path.
+        device: where a model given by path goes, "cpu" or "cuda" (with a number or without); default: a GPU if there is one, else the CPU.
+            A live model stays where it is.
+        weights: "shared": read where they lie (a live model's changes are seen by the next step, nothing is copied); "packed" (CPU only):
+            an own copy in the kernels' order, faster with several rows a step; "int8" or "int4": a copy quantised, per output channel or
+            in groups of 32 inputs, on a CPU with activations in int8; "fp8" (GPU only): in float8_e4m3fn, per output channel. Default:
+            "shared" for a live model and on a GPU, "packed" for a path.
         kv_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8`` (a quarter of the memory and reading of float32, for a small
             error of the logits), or on a GPU ``torch.float8_e4m3fn`` (likewise); default: bfloat16 for bfloat16 weights, else float32.
         kernels: a backend's name, or "auto" for the fastest present.
+        deterministic: on a GPU compute every row by the same operations in the same order whatever else a step holds, so that outputs do
+            not depend on the batch, on chunks of prompts or on drafts, to the bit. Costs speed there; a CPU always does.
         max_batch_size: most sequences decoded in one step.
-        max_batch_tokens: most query tokens in one step, prompts included.
+        max_batch_tokens: most query tokens in one step, prompts included; default: 512, on a GPU 2048.
         prefill_chunk: most tokens of one prompt in one step; default: ``max_batch_tokens``.
         cache_tokens: tokens the KV cache holds in all; default: what ``max_batch_size`` full-length sequences need, but at most a quarter
-            of the free memory.
+            of the free memory, on a GPU 85 % of it.
         block_size: tokens per cache block, a positive multiple of 16.
         prefix_cache: keep computed blocks for requests that begin with the same tokens, until their memory is wanted (see
             ``reset_prefix_cache``); results have the same bits. None: unless ``model`` is a live one, whose weights may change.
@@ -78,11 +84,13 @@ class Decoder:
         max_position: int | None = None,
         origin_config: Any = None,
         dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
         weights: str | None = None,
         kv_dtype: torch.dtype | None = None,
         kernels: str = "auto",
+        deterministic: bool = False,
         max_batch_size: int = 64,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
         prefill_chunk: int | None = None,
         cache_tokens: int | None = None,
         block_size: int = 16,
@@ -94,13 +102,15 @@ class Decoder:
             ("max_batch_size", max_batch_size), ("max_batch_tokens", max_batch_tokens), ("block_size", block_size),
             ("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens), ("max_position", max_position),
         ):  # fmt: skip
-            required = name in ("max_batch_size", "max_batch_tokens", "block_size")
+            required = name in ("max_batch_size", "block_size")
             if (value is None and required) or not isinstance(value, (int, type(None))) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}; it must be an integer{'' if required else ' or None'}")
         if kv_dtype is not None and not isinstance(kv_dtype, torch.dtype):
             raise TypeError(f"kv_dtype is {kv_dtype!r}; it must be torch.float32, torch.bfloat16, torch.int8 or torch.float8_e4m3fn")
         if prefix_cache is not None and not isinstance(prefix_cache, bool):
             raise TypeError(f"prefix_cache is {prefix_cache!r}; it must be True, False or None")
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic is {deterministic!r}; it must be True or False")
         if not isinstance(parallel, (Parallel, type(None))):
             raise TypeError(f"parallel is a {type(parallel).__name__}; it must be a Parallel or None")
         if parallel is not None and parallel.taken:
@@ -108,30 +118,35 @@ class Decoder:
         if parallel is not None:
             parallel.taken = True
         self.parallel = parallel
-        self.ops = kernels_module.select("cpu", kernels)
         with nullcontext() if parallel is None else parallel.together():
             loaded = load(
-                model, ops=self.ops, dtype=dtype, max_position=max_position, origin_config=origin_config, weights=weights,
-                parallel=parallel,
+                model, ops=lambda device_type: kernels_module.select(device_type, kernels, deterministic), dtype=dtype,
+                max_position=max_position, origin_config=origin_config, weights=weights, device=device, parallel=parallel,
             )  # fmt: skip
             self.model = loaded.model
+            self.ops = self.model.ops
             self.config = config = loaded.config
+            on = self.model.device
+            if max_batch_tokens is None:
+                max_batch_tokens = max(MAX_BATCH_TOKENS[on.type], max_batch_size)
             if kv_dtype is None:
                 kv_dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
             own = self.model.config
             bytes_per_block = block_bytes(own.num_layers, own.num_kv_heads, own.head_dim, block_size, kv_dtype)
-            num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block)
+            num_blocks = size_cache(cache_tokens, max_batch_size * config.max_position, block_size, bytes_per_block, on)
             if parallel is not None:
                 num_blocks = parallel_runner.agree(
                     parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
-                    max_batch_tokens=max_batch_tokens,
+                    max_batch_tokens=max_batch_tokens, kernels=self.ops.chosen,
                 )  # fmt: skip
                 weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name
         source = tokenizer if tokenizer is not None else loaded.tokenizer_path
         self.tokenizer = None if source is None else Tokenizer(source)
         self.grammars = Grammars(self.tokenizer, config.vocab_size, config.eos_token_ids)
-        cache = KVCache(own.num_layers, own.num_kv_heads, own.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype)
+        cache = KVCache(
+            own.num_layers, own.num_kv_heads, own.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=on
+        )
         scheduler = Scheduler(
             BlockPool(num_blocks, block_size),
             max_batch_size=max_batch_size,
@@ -142,13 +157,7 @@ class Decoder:
         speculator = None
         if draft is not None and not self._follows:
             speculator = Speculator(make_drafters(draft), config, self.tokenizer, max_batch_size=max_batch_size, block_size=block_size)
-        runner = Runner(self.model, cache, block_size)
-        if parallel is not None:
-            kind = parallel_runner.FollowingRunner if self._follows else parallel_runner.LeadingRunner
-            runner = kind(
-                parallel, self.model, cache, block_size, HostDevice(), max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens,
-                max_blocks=scheduler.pool.blocks_for(config.max_position),
-            )  # fmt: skip
+        runner = choose_runner(self.model, cache, scheduler, config.max_position, parallel)
         self.loop = StepLoop(self.ops, scheduler, cache, runner, speculator)
 
     @classmethod
@@ -359,7 +368,7 @@ class Decoder:
 
         Raises:
             ValueError, TypeError: an argument cannot be, or the cache does not hold such sequences.
-            RuntimeError: the decoder has unfinished requests, or a step failed.
+            RuntimeError: the decoder has unfinished requests, a step failed, or the model is in parts (``parallel``).
         """
         return explain(self, batch_size, context, steps)
 

@@ -47,24 +47,25 @@ class StepDevice(Protocol):
 
 
 class _CudaMark:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         self._event.synchronize()
 
 
 class _CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, result: Tensor | None) -> None:
-        self._graph, self.result = graph, result
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, result: Tensor | None) -> None:
+        self._graph, self._device, self.result = graph, device, result
 
     def replay(self) -> None:
-        self._graph.replay()
+        with torch.cuda.device(self._device):
+            self._graph.replay()
 
 
 class CudaDevice:
-    """A CUDA GPU; work goes to the current stream."""
+    """A CUDA GPU; work goes to its current stream. The thread that asks for it may have another GPU as its current one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -80,16 +81,16 @@ class CudaDevice:
         target.copy_(source, non_blocking=True)
 
     def mark(self) -> Mark:
-        return _CudaMark()
+        return _CudaMark(self.device)
 
     def capture(self, run: Callable[[], Tensor | None]) -> Graph:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads of a server may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = run()
-        return _CudaGraph(graph, result)
+        return _CudaGraph(graph, self.device, result)
 
 
 class _Done:
@@ -137,7 +138,8 @@ def fetch(tensors: Iterable[Tensor]) -> list[Tensor]:
     if all(t.is_cpu for t in found):
         return found
     copies = [t if t.is_cpu else torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in found]
-    _CudaMark().wait()
+    for device in {t.device for t in found if not t.is_cpu}:
+        _CudaMark(device).wait()
     return copies
 
 

@@ -213,7 +213,7 @@ def _watched(decoder: Decoder, clock: Clock) -> Iterator[None]:
     """While it lasts the decoder's steps are timed; its model runs op by op over the same weights and cache."""
     loop = decoder.loop
     ops = _profiled(decoder.ops, decoder.model.weights, clock)
-    model = Transformer(decoder.model.config, decoder.model.weights, ops, decoder.model.parallel)
+    model = Transformer(decoder.model.config, decoder.model.weights, ops)
     execute = clock.timed("commit", loop._execute)
 
     def look_and_execute(plan: StepPlan) -> None:
@@ -308,6 +308,8 @@ def advise(parts: Sequence[Part], setting: Setting, read_bandwidth: float, flop_
 
 def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int | None) -> Explanation:
     """See ``Decoder.explain``."""
+    if decoder.parallel is not None:
+        raise RuntimeError(f"explain() times a model that is whole; of this one there is {decoder.parallel!r} here")
     loop = decoder.loop
     if isinstance(batch_size, int) and batch_size > 0:
         room = min(decoder.config.max_position, loop.pool.num_blocks // batch_size * loop.pool.block_size)
@@ -324,6 +326,8 @@ def explain(decoder: Decoder, batch_size: int, context: int | None, steps: int |
             raise TypeError(f"{name} is {value!r}; it must be an integer")
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; here it must be from 1 to {most}")
+    if decoder.model.device.type != "cpu":
+        raise RuntimeError("explain() times the kernels of a CPU; benchmarks/run.py --device cuda holds those of a GPU against its limits")
     if decoder.has_work:
         raise RuntimeError("explain() times steps of its own, and this decoder has unfinished requests; finish or abort them first")
     assert context is not None and steps is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from .runner import Numbers, Runner, Started
 LOGITS, NONE = "logits", "none"
 
 _SPLIT = 512  # tokens; tables of a graph have room for this many times a power of four: attention launches programs for what could be there
+_ALIGNMENT = 16  # in words: kernels are compiled for how their tensors are aligned, and should not be anew for every size of a step
 _RING = 2  # as many steps can be on their way, the one that the host waits for and the one after it
 
 
@@ -62,7 +63,7 @@ class _Column(NamedTuple):
 
 
 def _columns(s: Sizes) -> list[_Column]:
-    """How the numbers of a step lie in the buffer: those of 64 bits first, for they are aligned there."""
+    """How the numbers of a step lie in the buffer."""
     i32, i64, f32 = torch.int32, torch.int64, torch.float32
     drawn = s.rows if s.draws in (FUSED, FILTERED) else 0
     sizes: list[tuple[str, torch.dtype, int]] = [("logit_rows", i64, s.rows), ("seed", i64, drawn)]
@@ -76,7 +77,7 @@ def _columns(s: Sizes) -> list[_Column]:
     for name, dtype, size in sizes:
         words = size * dtype.itemsize // 4
         columns.append(_Column(name, dtype, start, words))
-        start += words
+        start += -(-words // _ALIGNMENT) * _ALIGNMENT
     return columns
 
 
@@ -246,9 +247,9 @@ class GraphRunner(Runner):
     def _shape(self, sizes: Sizes) -> _Shape:
         columns = _columns(sizes)
         views = {c.name: self._buffer[c.start : c.start + c.words].view(c.dtype) for c in columns}
-        fields = ("tokens", "positions", "slots", "query_start", "context_len")
-        table = views["block_table"].view(sizes.sequences, sizes.blocks)
-        batch = StepBatch(*(views[name] for name in fields), table, views["logit_rows"], views.get("tree_start"), views.get("ancestors"))
+        given = {f.name: views[f.name] for f in fields(StepBatch) if f.name in views}
+        given["block_table"] = views["block_table"].view(sizes.sequences, sizes.blocks)
+        batch = StepBatch(**given)
         return _Shape(columns, views, batch, columns[-1].start + columns[-1].words)
 
     def _write(self, shape: _Shape, sizes: Sizes, plan: StepPlan, numbers: Numbers, staging: Tensor) -> None:

@@ -139,16 +139,22 @@ def available_memory(device: torch.device) -> int:
 
 
 def size_cache(
-    cache_tokens: int | None, wanted_tokens: int, block_size: int, bytes_per_block: int, device: torch.device | str = "cpu"
+    cache_tokens: int | None,
+    wanted_tokens: int,
+    block_size: int,
+    bytes_per_block: int,
+    device: torch.device | str = "cpu",
+    share: float | None = None,
 ) -> int:
-    """How many blocks the cache gets: room for ``cache_tokens``, or for ``wanted_tokens`` as far as the memory of ``device`` allows.
+    """How many blocks the cache gets: room for ``cache_tokens``, or for ``wanted_tokens`` as far as a ``share`` (default:
+    ``DEFAULT_SHARE``) of the free memory of ``device`` allows.
 
     Raises ``ValueError`` for less than one block and ``MemoryError`` where memory does not suffice.
     """
     device = torch.device(device)
     available = available_memory(device)
     if cache_tokens is None:
-        share = DEFAULT_SHARE[device.type]
+        share = DEFAULT_SHARE[device.type] if share is None else share
         budget = int(available * share)
         if budget < bytes_per_block:
             raise MemoryError(

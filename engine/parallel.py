@@ -68,7 +68,7 @@ class Parallel:
         summed so is the library's choice by the size of the whole (of two ranks there is one order anyway).
         """
         backend = self._backend(x)
-        if self.size == 2 or not in_order:
+        if self.size < 3 or not in_order:
             self._wait(backend.allreduce, x)
             return
         # Each rank gets one part of x from every rank, sums it, and gives it to all: the traffic of a reduction in a ring.

@@ -79,10 +79,9 @@ class Runner:
         if numbers.trees or self._last is None or list(map(len, columns)) != list(map(len, self._last[0])):
             flat = [tensor_of(column) for column in columns]
             flat[5] = flat[5].view(-1, numbers.width)
-            batch = StepBatch(*flat)
             if numbers.trees:
-                tree_start, ancestors = numbers.tree_columns()
-                batch = StepBatch(*flat, tree_start=tensor_of(tree_start), ancestors=tensor_of(ancestors))
+                flat += map(tensor_of, numbers.tree_columns())
+            batch = StepBatch(*flat)
             self._last = None if numbers.trees else (columns, batch)
         else:
             kept, batch = self._last

@@ -78,7 +78,7 @@ def _cache_dtype(key_cache: Tensor) -> int:
 
 def _linear_plan(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None,
     residual: Tensor | None,
     out: Tensor | None,
@@ -111,7 +111,7 @@ def _linear_plan(
             continue
         if bias.shape != (n,) or not bias.is_contiguous() or not bias.is_cpu:
             return None
-        if bias.dtype is not _F32 and not isinstance(w, PackedWeight) and bias.dtype is not w.dtype:
+        if bias.dtype is not _F32 and isinstance(w, Tensor) and bias.dtype is not w.dtype:
             return None
         segments += (data.data_ptr(), scale, n, bias.data_ptr(), _DTYPE[bias.dtype])
     shape = (rows, width)
@@ -122,14 +122,18 @@ def _linear_plan(
     return rows, width, row_stride, k, segments, kind
 
 
-def _kind(weight: Tensor | PackedWeight) -> int:
+def _kind(weight: Tensor | PackedWeight | QuantizedWeight) -> int:
     """Its WeightFormat; ``KeyError`` for a dtype that none has."""
-    return _PACKED[weight.format] if isinstance(weight, PackedWeight) else _DTYPE[weight.dtype]
+    if isinstance(weight, PackedWeight):
+        return _PACKED[weight.format]
+    if isinstance(weight, QuantizedWeight):
+        raise TypeError(f"a matrix is quantised for a GPU ({weight.format}); the C++ kernels take tensors or kernels.pack(...)")
+    return _DTYPE[weight.dtype]
 
 
 def linear(
     x: Tensor,
-    weights: Sequence[Tensor | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -143,7 +147,7 @@ def linear(
     if plan is None:
         checks.linear(x, weights, biases, residual, out)
         _float32("x", x)
-        _no_quantized("weights[0]", weights[0])
+        _kind(weights[0])  # refuses what is quantised for a GPU
         raise ValueError("linear: x, weights, biases, residual or out is not what the contract says")
     rows, width, row_stride, k, segments, kind = plan
     if out is None:
@@ -157,15 +161,9 @@ def linear(
 # ---- embed, rms_norm, rope_append, silu_mul ----
 
 
-def _no_quantized(name: str, weight: object) -> None:
-    if isinstance(weight, QuantizedWeight):
-        raise TypeError(f"{name} is quantised for a GPU ({weight.format}); the C++ kernels take tensors or kernels.pack(...)")
-
-
-def embed(tokens: Tensor, table: Tensor | PackedWeight) -> Tensor:
+def embed(tokens: Tensor, table: Tensor | PackedWeight | QuantizedWeight) -> Tensor:
     checks.embed(tokens, table)
     _on_cpu("tokens", tokens)
-    _no_quantized("table", table)
     vocab, width = table.shape
     out = torch.empty((tokens.shape[0], width), dtype=_F32)
     scale = table.scale.data_ptr() if isinstance(table, PackedWeight) and table.scale is not None else 0

@@ -41,6 +41,12 @@ class Ops:
     verify_block: Callable[..., Any]
     chosen: dict[str, str]  # op name -> backend name
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a step of a model: no op of it is the oracle's, which reads numbers on the host."""
+        apart = ("beam_select", "verify_drafts", "masses", "verify_block", "move_tokens")
+        return all(name != BACKENDS[-1] for op, name in self.chosen.items() if op not in apart)
+
     def sample_workspace(self) -> Any:
         """What a caller of ``sample`` can keep between its calls (``api.sample``); None where its backend has nothing to be kept."""
         workspace = getattr(_module(self.chosen["sample"]), "SampleWorkspace", None)

@@ -45,16 +45,8 @@ class Sampler:
         self._num_top = 0
         self._processed: list[int] = []  # rows that processors rewrite
         self._bare = False  # no row has a list or a mask
-        self._fusible = False
         self._result: SampleResult | None = None
         self._columns: list[Any] = []  # views of it
-
-    def can_fuse(self, rows: list[Request | Lookahead]) -> bool:
-        """Whether ``sample_head`` can draw for all rows: none asks for lists, masks, processors, filters or other tokens'
-        log-probabilities."""
-        if rows != self._rows:
-            self._take(rows)
-        return self._fusible
 
     def draw(self, logits: Tensor, rows: list[Request | Lookahead]) -> list[Drawn]:
         """Draw for ``rows[r]`` from ``logits[r]`` (float32 ``[R, V]``): the token's position is the request's present length.
@@ -76,13 +68,6 @@ class Sampler:
         )
         if own is not None:
             _restore_raw(self.ops, own, processed, rows, result, self._num_top)
-        return self.drawn(result, rows, errors)
-
-    def drawn(self, result: SampleResult, rows: list[Request | Lookahead], errors: Mapping[int, str] = MappingProxyType({})) -> list[Drawn]:
-        """What a result, with log-probabilities, says of the rows that ``draw`` or ``can_fuse`` was given last.
-
-        ``errors``: why a row has no token whatever the result says.
-        """
         if result is not self._result or not result.tokens.is_cpu:
             self._columns = columns_of(result)
             self._result = result
@@ -98,7 +83,6 @@ class Sampler:
         self._num_top = max([row.params.logprobs for row in rows])
         self._processed = [r for r, row in enumerate(rows) if row.controls.processors]
         self._bare = all([row.controls.is_bare(row) for row in rows])
-        self._fusible = drawn_by(rows) == FUSED
         self._rows = rows  # last, should anything be interrupted
 
 

@@ -14,6 +14,7 @@ from .. import kernels as kernels_module
 from ..blocks import BlockPool, new_table
 from ..decode.sample import Sampler
 from ..decode.speculate import certain_end, go_on, masses
+from ..device import upload
 from ..kv_cache import KVCache, block_bytes, size_cache
 from ..models.batch import StepBatch
 from ..models.config import ModelConfig
@@ -31,6 +32,7 @@ from .tree import Tree, alternatives
 # Whether one more token is worth drafting for the i-th request, after drafted ones of such confidence.
 Worth = Callable[[int, Sequence[float]], bool]
 
+_GPU_SHARE = 0.4  # of the memory that the model's own cache has left, at most; the rest is for activations and graphs
 _PREFILL = 512  # most tokens of one step
 _MANY = 64  # tokens of a step whose time tells what each takes
 _USUAL = 8  # tokens of one sequence, of a step that catches up on what has just been verified
@@ -78,20 +80,29 @@ class DraftModel:
     Args:
         model: as of ``Decoder``: a live model or a path.
         width: alternatives at each place: 1 drafts chains, more trees, of which more holds and which take more rows to verify.
-        dtype, weights, kernels: likewise.
+        dtype, device, weights, kernels: likewise.
 
     It serves one decoder, which calls ``bind``.
     """
 
     def __init__(
-        self, model: Any, *, width: int = 1, dtype: torch.dtype | None = None, weights: str | None = None, kernels: str = "auto"
+        self,
+        model: Any,
+        *,
+        width: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        weights: str | None = None,
+        kernels: str = "auto",
     ) -> None:
         check_int("width", width, 1, MAX_DRAFT)
         self.width = width
         self.nodes = 1 if width == 1 else 2  # drafted at each depth, about: the least likely alternatives stay out
-        self.ops = kernels_module.select("cpu", kernels)
-        loaded = load(model, ops=self.ops, dtype=dtype, weights=weights)
+        loaded = load(
+            model, ops=lambda device_type: kernels_module.select(device_type, kernels), dtype=dtype, weights=weights, device=device
+        )
         self.model, self.config, self.name = loaded.model, loaded.config, loaded.name
+        self.ops = self.model.ops
         self._tokenizer = None if loaded.tokenizer_path is None else Tokenizer(loaded.tokenizer_path)
         self.costs = Costs()  # of one depth, by the requests that are drafted for
         self._token_seconds = 0.0  # of each token of a long run of them, such as a prompt; 0: not known yet
@@ -120,9 +131,11 @@ class DraftModel:
         dtype = torch.bfloat16 if self.model.dtype == torch.bfloat16 else torch.float32
         bytes_per_block = block_bytes(c.num_layers, c.num_kv_heads, c.head_dim, block_size, dtype)
         longest = config.max_position + MAX_DRAFT + 1
-        num_blocks = size_cache(None, max_batch_size * longest, block_size, bytes_per_block)
+        device = self.model.device
+        share = _GPU_SHARE if device.type == "cuda" else None
+        num_blocks = size_cache(None, max_batch_size * longest, block_size, bytes_per_block, device, share)
         self._pool = BlockPool(num_blocks, block_size)
-        cache = KVCache(c.num_layers, c.num_kv_heads, c.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+        cache = KVCache(c.num_layers, c.num_kv_heads, c.head_dim, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device)
         self._runner = Runner(self.model, cache, block_size)
         self._sampler = Sampler(self.ops)
 
@@ -290,7 +303,7 @@ class DraftModel:
             tree_start=torch.tensor(tree_start, dtype=i32),
             ancestors=torch.tensor(ancestors),
         )
-        return self.model.forward_logits(batch, self._runner.cache)
+        return self.model.forward_logits(upload(batch, self.model.device), self._runner.cache)
 
     def _run(self, shares: Sequence[tuple[_Copy, int, bool]]) -> Any:
         plan = StepPlan([ScheduledSequence(copy.request, copy, copy.num_computed, n, (copy,) if last else ()) for copy, n, last in shares])

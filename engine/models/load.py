@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.registry import Ops, select
+from ..kernels.registry import Ops, backends, select
 from ..parallel import Parallel
 from . import origin
 from .checkpoint import PICKLED, open_tensors, read_json, weight_files
@@ -39,7 +39,7 @@ class LoadedModel:
 def load(
     source: Any,
     *,
-    ops: Ops | None = None,
+    ops: Ops | Callable[[str], Ops] | None = None,
     dtype: torch.dtype | str | None = None,
     max_position: int | None = None,
     origin_config: Any = None,
@@ -58,7 +58,7 @@ def load(
             * the id of a model on the Hugging Face hub.
 
             A mapped file must not be overwritten while it is in use (replacing it by a rename is safe).
-        ops: the kernels; default: the fastest for the device.
+        ops: the kernels, or what gives them for a type of device; default: the fastest for the device.
         dtype: convert the weights, tensor by tensor, to float32, bfloat16 or float16; default: as stored.
         max_position: shorten the RoPE tables, and so the longest sequence; default: the model's own.
         origin_config: for a bare origin checkpoint, what its shapes do not tell (``n_heads``, ``max_seq_len``, ``norm_eps``), as a
@@ -74,8 +74,8 @@ def load(
             Default: "shared" for a live model, on a GPU, and where the C++ kernels cannot run; else "packed". A mapped file is read once
             for a copy and its memory given back; a live model's own tensors stay alive beside the copy for as long as their owner keeps
             them.
-        device: "cpu" or "cuda" (with a number or without), where a model given by path or id goes, tensor by tensor; default: the CPU, and
-            a live model's own device, which is the only one that it may name.
+        device: "cpu" or "cuda" (with a number or without), where a model given by path or id goes, tensor by tensor; default: a GPU if
+            there is one that Triton's kernels run on, else the CPU. A live model's own device is the only one that it may name.
         parallel: the ranks that share the model; each loads its part (``shard.Shard``) of a source that all have.
 
     Raises:
@@ -85,7 +85,6 @@ def load(
     """
     target = None if dtype is None else weight_dtype("dtype", dtype)
     wanted = None if device is None else _device(device)
-    place = wanted or torch.device("cpu")
     tokenizer_path: Path | None = None
     if isinstance(source, nn.Module):
         config, names, tensors, name = _live(source)
@@ -94,6 +93,7 @@ def load(
         if target is not None and any(tensor.dtype != target for tensor in tensors.values()):
             logger.warning("%s: converted to %s, so its weights are a copy; later changes to the model are not seen", name, target)
     elif isinstance(source, (str, os.PathLike)):
+        place = wanted or _device("cpu" if backends("cuda")["triton"] is not None else "cuda")
         path = Path(source).expanduser()
         name = path.resolve().name if path.is_dir() else path.stem
         if not path.exists():
@@ -111,7 +111,8 @@ def load(
         if not 1 <= max_position <= config.max_position:
             raise ValueError(f"max_position is {max_position}; it must lie between 1 and the model's {config.max_position}")
         config = replace(config, max_position=max_position)
-    ops = ops or select(place.type)
+    if not isinstance(ops, Ops):
+        ops = (ops or select)(place.type)
     if weights is None:
         weights = "shared" if isinstance(source, nn.Module) or ops.chosen["linear"] != "cpu" else "packed"
     shard = None if parallel is None else Shard(parallel.rank, parallel.size)

@@ -15,7 +15,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from ..decoder import Decoder
 
-KV_DTYPES = ("float32", "bfloat16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

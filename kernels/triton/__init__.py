@@ -14,7 +14,7 @@ import torch
 
 OPS = (
     "embed", "linear", "rms_norm", "silu_mul", "rope_append", "paged_attention", "move_tokens", "copy_blocks", "feed_tokens", "sample",
-    "sample_head", "beam_select", "verify_drafts",
+    "sample_head", "beam_select", "verify_drafts", "masses", "verify_block",
 )  # fmt: skip
 # Where they and what belongs to them are.
 _MODULES = {
@@ -31,6 +31,8 @@ _MODULES = {
     "beam_select": "beam",
     "BeamWorkspace": "beam",
     "verify_drafts": "verify",
+    "verify_block": "verify",
+    "masses": "row_masses",
     "linear": "linear_launch",
     "sample_head": "head",
 }

@@ -1,5 +1,5 @@
-"""How calls of ``sample``, ``beam_select`` and ``verify_drafts`` specialise their kernels, for ``compile``: argument dtypes, what is
-absent, and whether sizes are multiples of 16. ``verify_drafts`` knows no variants."""
+"""How calls of ``sample``, ``beam_select``, ``masses``, ``verify_drafts`` and ``verify_block`` specialise their kernels, for ``compile``:
+argument dtypes, what is absent, and whether sizes are multiples of 16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..api import EndTokens, LogitBias, Penalties, VerifyResult
-from . import beam, sampler, verify
+from . import beam, row_masses, sampler, verify
 from .launch import Launch
 
 
@@ -69,3 +69,10 @@ def _launches(v: Variant) -> Iterator[Launch]:
     call = [beams, logits, floats, make(i32, groups + 1), candidates, floats, ints, ints, *draw, *lists]
     yield from beam.launches(*call)
     yield from verify.launches(VerifyResult(ints, ints), seed, ints, ints, ints, make(i32, rows + 1))
+    with_logprobs = sampler.Workspace(rows, v.vocab, "meta", lists=v.lists)
+    mass = make(i64, rows, v.vocab)
+    yield row_masses.launches(with_logprobs, mass, logits, floats, ints, floats, floats, ints, *lists)[-1]
+    if v.lists:
+        return  # which verify_block does not know
+    block = VerifyResult(ints, ints, seed, ints)
+    yield from verify.block_launches(block, mass, ints, mass, ints, make(i32, rows + 1), seed, ints, ints)

@@ -1,4 +1,5 @@
-"""How calls of ``linear`` specialise its kernels, for ``compile``: dtypes, formats of weights, how K is cut, what is added."""
+"""How calls of ``linear``, and of ``embed`` over quantised tables, specialise their kernels, for ``compile``: dtypes, formats of weights,
+how K is cut, what is added."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..quantized import BLOCK, QuantizedWeight
+from .elementwise import embed_launches
 from .launch import Launch
 from .linear_launch import launches
 
@@ -28,7 +30,7 @@ class Variant(NamedTuple):
 
 _BF16 = torch.bfloat16
 VARIANTS = (
-    Variant("linear: bf16, one segment", _BF16, 64, 4096, (14336, 14336)),
+    Variant("linear: bf16, all of K", _BF16, 64, 4096, (14336, 14336)),
     Variant("linear: bf16, split", _BF16, 1, 4096, (4096, 1024, 1024), bias=True),
     Variant("linear: bf16, walked", _BF16, 2048, 14336, (4096,), residual=True),
     Variant("linear: bf16, narrow", _BF16, 1, 1024, (1024,), residual=True),
@@ -73,4 +75,7 @@ def _launches(v: Variant) -> Iterator[Launch]:
     residual = make(torch.float32, v.rows, width) if v.residual else None
     out = make(v.dtype if residual is None else torch.float32, v.rows, width)
     biases = [make(v.dtype, n) for n in v.columns] if v.bias else None
+    if v.format != "float" and v.rows == 1:
+        table = weight(128256)
+        yield from embed_launches(make(torch.float32, v.rows, v.depth), make(torch.int32, v.rows), table)
     yield from launches(make(v.dtype, v.rows, v.depth), [weight(n) for n in v.columns], biases, residual, out)

@@ -33,6 +33,7 @@ _DTYPE = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.float64: "fp64",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
@@ -104,11 +105,13 @@ def _usage(kernel: Any, variant: str, architecture: int, warps: int, compiled: A
 def _fused(compiled: Any, code: str) -> int:
     """How many multiplications and additions are, or may be, one operation. In PTX each must be rounded by itself (`.rn` forbids fusing).
     The code has FFMA only where it divides: five for each reciprocal, and those of the division's slow path behind the kernel; none for
-    the reciprocal of an approximate division."""
-    loose = re.findall(r"\bfma\.|\b(?:mul|add|sub)\.(?:ftz\.)?f32", compiled.asm["ptx"])
+    the reciprocal of an approximate division, and one in each of float64."""
+    ptx = compiled.asm["ptx"]
+    loose = re.findall(r"\bfma\.|\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64)", ptx)
     body = re.split(r"^\S*__cuda_\w*div\w*:", code, maxsplit=1, flags=re.MULTILINE)[0]
-    divisions = len(re.findall(r"\bMUFU\.RCP\b", body)) - len(re.findall(r"\bdiv\.full\.", compiled.asm["ptx"]))
-    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - 5 * divisions)
+    reciprocals = len(re.findall(r"\bMUFU\.RCP\b", body)) - len(re.findall(r"\bdiv\.full\.", ptx))
+    divisions = 5 * reciprocals + len(re.findall(r"\bdiv\.rn\.f64\b", ptx))
+    return len(loose) + abs(len(re.findall(r"\bFFMA\b", body)) - divisions)
 
 
 def table(

@@ -2,10 +2,10 @@
 exponentials decompose: so the head's product keeps the best of each tile, and logits are never written (FlashSampling,
 arXiv 2603.15854).
 
-``head_tiles``, grid (tiles of 64 rows, tiles of the vocabulary, of which there can be 65,535): the product of a tile, that of ``linear``
-to the bit; then for each of its rows the best score and its token (the lowest on ties), that token's logit, the largest logit, and the
-sums of exponentials below it, raw and divided by the temperature. Neighbouring programs share a tile of the head. ``head_merge``, grid (rows): the best of all tiles by
-(score, token), which is the row's token; the sums of the tiles.
+``head_tiles``, grid (tiles of 64 rows, tiles of the vocabulary, at most 65,535 of these): the product of a tile, that of ``linear`` to the
+bit; then for each of its rows the best score and its token (the lowest on ties), that token's logit, the largest logit, and the sums of
+exponentials below it, raw and divided by the temperature. Neighbouring programs share a tile of the head. ``head_merge``, grid (rows):
+the best of all tiles by (score, token), which is the row's token; the sums of the tiles. ``head.py`` launches both.
 
 Everything past the product is float32, each operation rounded by itself. A row's sums are made in the same order in any batch: ROWS rows
 at a time, whoever they are. Bytes: the head once; x once for each tile of the vocabulary and 24 for each row and tile, both of which L2

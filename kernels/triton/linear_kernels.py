@@ -27,6 +27,13 @@ FLOAT_BITS = tl.constexpr(0x87F00000 - (1 << 32))  # the sign, and the seven bit
 
 
 @triton.jit
+def _e4m3(bits):
+    """float32 of float8_e4m3fn given as int8: its sign, exponent and mantissa where float32 has them, whose bias of the exponent is 127 and
+    not 7: times 2^120. Exact, on every GPU."""
+    return ((bits.to(tl.int32) << 20) & FLOAT_BITS).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
 def _weights(w, scale, column, columns, stride, depth, k, FORMAT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """A tile ``[BLOCK_N, BLOCK_K]`` of weights in DTYPE, without the scale of their output; past the last output any other's."""
@@ -39,9 +46,7 @@ def _weights(w, scale, column, columns, stride, depth, k, FORMAT: tl.constexpr, 
     else:
         tile = tl.load(first + offset, mask=(k + tl.arange(0, BLOCK_K))[None, :] < depth, other=0.0)
     if FORMAT == "fp8":
-        # Sign, exponent and mantissa where float32 has them; the exponent's bias there is 127 instead of 7: times 2^120, exact.
-        bits = (tile.to(tl.int32) << 20) & FLOAT_BITS
-        tile = bits.to(tl.float32, bitcast=True) * 2.0**120
+        tile = _e4m3(tile)
     return tile.to(DTYPE)
 
 
@@ -207,3 +212,24 @@ def linear_finish(partial, rows, scale0, scale1, scale2, bias0, bias1, bias2, co
     bias = _choose(tile, tiles0, tiles1, bias0, bias1, bias2, MATRICES)
     where = m.to(tl.int64) * out_stride + out_start + start + n
     _store(total, bias, columns, n, there, where, residual, out)
+
+
+@kernel
+def quantized_rows(ids, table, scale, out, vocab, width, stride, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """``embed`` of a quantised table, the weights of a tied head: rows of it in float32. Grid: tokens, blocks of the width."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(ids + row).to(tl.int64)
+    known = (token >= 0) & (token < vocab)
+    there = known & (column < width)
+    if FORMAT == "int4":
+        line = (column // (2 * GROUP)).to(tl.int64) * vocab + token
+        packed = tl.load(table + line * GROUP + column % GROUP, mask=there, other=0).to(tl.int32)
+        half = column // GROUP % 2
+        x = (((packed >> (4 * half)) & 15) - 8).to(tl.float32)
+        factor = (tl.load(scale + line, mask=there, other=0) >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        x = tl.load(table + token * stride + column, mask=there, other=0)
+        x = _e4m3(x) if FORMAT == "fp8" else x.to(tl.float32)
+        factor = tl.load(scale + token, mask=known, other=0.0)
+    tl.store(out + row * width + column, tl.where(known, x * factor, float("nan")), mask=column < width)

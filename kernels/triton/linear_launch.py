@@ -25,7 +25,7 @@ MATRICES = 3  # of one launch
 _FINISH_ROWS = 4
 _DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-Weight = Tensor | PackedWeight | QuantizedWeight
+Weight = Tensor | QuantizedWeight
 
 
 class Tiling(NamedTuple):
@@ -54,7 +54,7 @@ def tiling(width: int, depth: int, format: str, dtype: torch.dtype) -> Tiling:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Weight],
+    weights: Sequence[Weight | PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
@@ -63,11 +63,12 @@ def linear(
     """See ``api.linear``. A matrix in the CPU's panels is refused."""
     width = checks.linear(x, weights, biases, residual, out)
     check_device(x.device, "x")
-    if isinstance(weights[0], PackedWeight):
-        raise TypeError(f"weights[0] is packed for the CPU's kernels ({weights[0].format}); a GPU takes tensors or kernels.quantize(...)")
+    matrices = [w for w in weights if not isinstance(w, PackedWeight)]
+    if len(matrices) < len(weights):
+        raise TypeError("weights are packed in the order of the C++ kernels; on a GPU they must be tensors or of kernels.quantize(...)")
     if out is None:
         out = x.new_empty((x.shape[0], width), dtype=x.dtype if residual is None else torch.float32)
-    run(launches(x, weights, biases, residual, out), x.device)
+    run(list(launches(x, matrices, biases, residual, out)), x.device)
     return out
 
 
@@ -95,7 +96,7 @@ def product_arguments(x: Tensor, weight: Weight, cut: Tiling) -> dict[str, Any]:
         "x": x,
         "x_stride": x.stride(0),
         "depth": x.shape[1],
-        "stride": weight.data.stride(0) if isinstance(weight, QuantizedWeight) else weight.shape[1],  # of no meaning for int4
+        "stride": row_stride(weight),
         "segment_depth": cut.segment_depth,
         "SEGMENTS": cut.segments,
         "FORMAT": format_of(weight),
@@ -121,7 +122,7 @@ def format_of(weight: Weight) -> str:
 
 def _groups(weights: Sequence[Weight], biases: Sequence[Tensor | None] | None) -> Iterator[tuple[list[Weight], list[Tensor | None]]]:
     """The matrices of each launch: neighbours whose biases are of one kind."""
-    given = [None] * len(weights) if biases is None else list(biases)
+    given: list[Tensor | None] = [None] * len(weights) if biases is None else list(biases)
     kinds = [None if bias is None else bias.dtype for bias in given]
     begin = 0
     for i in range(1, len(weights) + 1):
@@ -173,3 +174,8 @@ def scales(weight: Weight) -> Tensor | None:
     if not isinstance(weight, QuantizedWeight):
         return None
     return weight.scale.view(torch.int32)[..., 0] if weight.format == "int4" else weight.scale
+
+
+def row_stride(weight: Weight) -> int:
+    """Elements from one output to the next; of no meaning for int4."""
+    return weight.data.stride(0) if isinstance(weight, QuantizedWeight) else weight.shape[1]

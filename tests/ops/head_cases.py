@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from engine.kernels import HeadDraw, SampleResult, merge_draws, reference
+from engine.kernels.reference_head import draw
 from engine.verify import hostile
 
 TEMPERATURES = (0.0, 9e-6, 1.1e-5, 0.1, 1.0, 1.0, 5.0)
 SHARDS = (1, 2, 3, 7)
-Case = tuple[str, Tensor, Tensor, dict[str, Tensor]]
+Case = tuple[str, Tensor, Any, dict[str, Tensor]]  # name, x, head, the other arguments
 
 
 def parameters(temperatures: Sequence[float], generator: torch.Generator) -> dict[str, Tensor]:
@@ -78,12 +79,16 @@ def differences(name: str, got: SampleResult, want: SampleResult) -> list[str]:
 
 
 def against_sample(op: Callable[..., HeadDraw], case: Case, linear: Callable[..., Any], cuts: Sequence[int] = SHARDS) -> list[str]:
-    """The draws of 1, 2, 3 and 7 shards, merged in another order than theirs, against ``sample`` of the same backend's logits."""
+    """The draws of 1, 2, 3 and 7 shards, merged in another order than theirs, against ``sample`` of the same backend's logits; undivided
+    the scores are those logits' to the bit."""
     name, x, head, given = case
-    want = sampled(linear(x, [head], out=torch.empty(len(x), len(head), device=x.device)), given)
+    logits = linear(x, [head], out=torch.empty(len(x), head.shape[0], device=x.device))
+    want = sampled(logits, given)
     wrong = []
     for pieces in cuts:
-        if pieces <= len(head):
-            draws = shards(op, case, pieces)
+        if pieces <= head.shape[0]:
+            draws = shards(op, case, pieces) if pieces > 1 else [op(x, head, **given)]
             wrong += differences(f"{name}, {pieces} shards", merge_draws(draws[1:] + draws[:1]), want)
+            if pieces == 1 and not torch.equal(draws[0].scores, draw(logits, **given, first_token=0).scores):
+                wrong.append(f"{name}: the scores have other bits than those of the logits")
     return wrong

@@ -134,14 +134,26 @@ def test_a_backend_asked_for_by_name_serves_the_ops_it_has(monkeypatch: pytest.M
     assert ops.sample is _backend("triton").sample
 
 
-def test_a_gpu_gets_triton_and_one_line_about_the_rest(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_has_kernels_of_its_own_for_every_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fast = set(_backend("fast").OPS)
     with caplog.at_level(logging.WARNING, logger="engine.kernels"):
-        ops = kernels.select("cuda")
-    assert ops.chosen == {op: "triton" if op in TRITON_OPS else "reference" for op in registry.OP_NAMES}
+        ops, deterministic = kernels.select("cuda"), kernels.select("cuda", deterministic=True)
+    assert ops.chosen == {op: "fast" if op in fast else "triton" for op in registry.OP_NAMES}
+    assert deterministic.chosen == dict.fromkeys(registry.OP_NAMES, "triton")
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match="'fast' was asked for, and deterministic=True, which leaves it out"):
+        kernels.select("cuda", "fast", deterministic=True)
+
+
+def test_a_gpu_without_triton_gets_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backend("triton"), "unavailable", lambda device_type: "the package triton is not installed")
+    with caplog.at_level(logging.WARNING, logger="engine.kernels"):
+        kernels.select("cuda")
     assert len(caplog.records) == 1
-    assert "'reference' serves embed, " in caplog.text and "triton: has none of them" in caplog.text
+    assert "'reference' serves embed, " in caplog.text and "triton: the package triton is not installed" in caplog.text
 
 
 def test_importing_the_engine_imports_no_triton() -> None:

@@ -49,9 +49,7 @@ def test_heads_and_activations_of_16_bits(ops: kernels.Ops, dtype: torch.dtype) 
 @pytest.mark.parametrize("form", ["float32", "int8", "int4"])
 def test_packed_heads(ops: kernels.Ops, form: str) -> None:
     ((_, x, head, given),) = head_cases.products([(4, 64, 300)], [torch.float32])
-    packed = kernels.pack(head, form)
-    result = merge_draws([ops.sample_head(x, packed, **given)])
-    assert head_cases.differences(form, result, head_cases.sampled(ops.linear(x, [packed]), given)) == []
+    assert head_cases.against_sample(ops.sample_head, (form, x, kernels.pack(head, form), given), ops.linear, [1]) == []
 
 
 def test_a_row_alone_has_the_bits_it_has_among_others(ops: kernels.Ops) -> None:

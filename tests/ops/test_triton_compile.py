@@ -14,7 +14,7 @@ VARIANTS = (
     "forward fp32",
     "forward fp8 cache",
     "linear: bf16, split",
-    "linear: int4, walked",
+    "linear: int4, split",
     "head: bf16",
     "bf16, D = 128",
 )  # those compiled here; ``python -m engine.kernels.triton.compile`` compiles all

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from forward_cases import HOSTILE, rope_case, with_caches
 from torch import Tensor
 
-from engine.kernels import pack, reference
+from engine.kernels import pack, quantize, reference
 from engine.kernels import triton as backend
 
 pytest.importorskip("triton")
@@ -71,6 +72,11 @@ def test_other_devices_are_refused(op: str) -> None:
         call()
 
 
+def test_tables_packed_for_cpus_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"table is packed in the order of the C\+\+ kernels; on a GPU it must be a tensor"):
+        backend.embed(ids(0), pack(torch.zeros(4, 8)))
+
+
 def test_rows_that_no_program_holds_are_refused() -> None:
     x = torch.zeros(1, 32769)
     with pytest.raises(ValueError, match=r"x must have rows of at most 32768 elements on a GPU, got \(1, 32769\)"):
@@ -113,12 +119,12 @@ class TestOnGpu:
     def test_embed_and_feed(self) -> None:
         table = torch.randn(1000, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
         tokens = ids(5, 999, 0, 1000, -1, 2**31 - 1).cuda()
-        got = backend.embed(tokens, table.cuda()).cpu()
-        assert torch.equal(got[:3], table[[5, 999, 0]].float()) and got[3:].isnan().all()
+        for matrix in (table, *(quantize(table, form) for form in ("int8", "int4", "fp8"))):
+            on_device = matrix.cuda() if isinstance(matrix, Tensor) else replace(matrix, data=matrix.data.cuda(), scale=matrix.scale.cuda())
+            got = backend.embed(tokens, on_device).cpu()
+            assert torch.equal(got[:3], reference.embed(ids(5, 999, 0), matrix)) and got[3:].isnan().all()
         backend.feed_tokens(tokens, ids(-1, 1, 0, -1, 2, 9).cuda(), torch.tensor([7, 8, -1]).cuda())
         assert tokens.tolist() == [5, 8, 7, 1000, -1, 2**31 - 1]
-        with pytest.raises(TypeError, match="table is packed in the order of the C\\+\\+ kernels"):
-            backend.embed(tokens, pack(torch.zeros(4, 8)))
 
     def test_tables_of_more_than_2_31_elements(self) -> None:
         if torch.cuda.mem_get_info()[0] < 6 << 30:

@@ -20,7 +20,7 @@ from engine.kernels import triton as backend
 
 pytest.importorskip("triton")
 
-GROUPS = ("shapes", "mixed_dtypes", "empty", "batches", "strides_and_neighbours", "hostile", "every_code")
+GROUPS = ("shapes", "mixed_dtypes", "empty", "batches", "strides_and_neighbours", "bounds", "hostile", "every_code", "embeddings")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from forward_cases import HOSTILE, rope_case, with_caches
 from torch import Tensor
 from triton_interpreter import exact_conversions
 
-from engine.kernels import reference
+from engine.kernels import quantize, reference
 from engine.kernels import triton as backend
 
 NAN, INF = float("nan"), float("inf")
@@ -81,6 +81,11 @@ def embed() -> dict[str, Any]:
         got = backend.embed(ids(7, -1, 50, -FAR - 1, FAR, 8), within(table))
         found.same(f"{dtype}, {width}, bad ids", got[[0, 5]], table[[7, 8]].float())
         found.same(f"{dtype}, {width}, rows of bad ids", got[1:5], torch.full((4, width), NAN))
+    for form, width in itertools.product(("int8", "int4", "fp8"), (1, 31, 32, 65, 1030)):
+        quantised = quantize(randn(50, width, seed=width), form)
+        got = backend.embed(ids(49, 0, -1, 7, 50), quantised)
+        found.same(f"{form}, {width}", got[[0, 1, 3]], reference.embed(ids(49, 0, 7), quantised))
+        found.same(f"{form}, {width}, rows of bad ids", got[[2, 4]], torch.full((2, width), NAN))
     return found.report()
 
 

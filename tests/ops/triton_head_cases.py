@@ -46,8 +46,7 @@ def products() -> dict[str, Any]:
     cases += head_cases.products([(1, 40, 70), (70, 24, 100), *segmented], [torch.bfloat16])
     for name, x, head, given in cases:
         assert (linear_launch.tiling(*head.shape, "float", x.dtype).segments > 1) == (x.shape[1] == 600)
-        result = merge_draws([backend.sample_head(x, head, **given)])
-        wrong += head_cases.differences(name, result, head_cases.sampled(logits_of(x, head), given))
+        wrong += head_cases.against_sample(backend.sample_head, (name, x, head, given), backend.linear, [1])
         rows += len(x)
     ((name, x, head, given),) = head_cases.products([(3, 40, 70)], [torch.float32])
     wide = torch.cat([x, torch.full_like(x, NAN)], dim=1)[:, : x.shape[1]]  # rows apart, a head of another dtype than x
@@ -60,10 +59,8 @@ def formats() -> dict[str, Any]:
     """Quantised heads."""
     wrong, rows = [], 0
     for format in quantized.FORMATS:
-        ((name, x, head, given),) = head_cases.products([(4, 130, 70)], [torch.bfloat16])
-        packed = quantize(head, format)
-        result = merge_draws([backend.sample_head(x, packed, **given)])
-        wrong += head_cases.differences(format, result, head_cases.sampled(logits_of(x, packed), given))
+        ((_, x, head, given),) = head_cases.products([(4, 130, 70)], [torch.bfloat16])
+        wrong += head_cases.against_sample(backend.sample_head, (format, x, quantize(head, format), given), backend.linear, [1])
         rows += len(x)
     return {"rows": rows, "wrong": wrong}
 
@@ -179,7 +176,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's about -inf and NaN
     triton_cases.patch_once()
     triton_interpreter.exact_conversions()
-    triton_interpreter.sixteen_bit_products()
+    triton_interpreter.exact_products()
     triton_interpreter.bounds_of_loops()
     torch.set_num_threads(1)
     print(json.dumps({name: GROUPS[name]() for name in sys.argv[1:] or GROUPS}))

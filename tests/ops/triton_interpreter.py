@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,3 +59,43 @@ def bounds_of_loops() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor
+
+
+def accesses_outside(launches: Iterable[tuple[Any, tuple[int, ...], dict[str, Any]]]) -> list[str]:
+    """Run the launches; each kind of access to memory that belongs to none of a launch's tensors, which then is not made."""
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+    outside: dict[str, None] = {}
+    ranges: list[tuple[int, int]] = []
+
+    def check(kind: str, kernel: str, pointers: Any, mask: Any) -> Any:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data.astype(np.int64)
+        inside = np.zeros(addresses.shape, dtype=bool)
+        for begin, end in ranges:
+            inside |= (addresses >= begin) & (addresses + size <= end)
+        if not (inside | ~mask.data).all():
+            outside[f"{kernel} {kind} outside of its tensors"] = None
+        return interpreter.TensorHandle(mask.data & inside, mask.dtype)
+
+    for kernel, grid, arguments in launches:
+        ranges[:] = [
+            (t.data_ptr(), t.data_ptr() + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size())
+            for t in arguments.values()
+            if isinstance(t, torch.Tensor) and t.numel()
+        ]
+        name = kernel.__name__
+
+        def checked_load(self: Any, pointers: Any, mask: Any, *how: Any, name: str = name) -> Any:
+            return load(self, pointers, check("reads", name, pointers, mask), *how)
+
+        def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *how: Any, name: str = name) -> Any:
+            return store(self, pointers, value, check("writes", name, pointers, mask), *how)
+
+        builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+        try:
+            if all(grid):
+                kernel[grid](**arguments)
+        finally:
+            builder.create_masked_load, builder.create_masked_store = load, store
+    return list(outside)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.kernels import QuantizedWeight, quantize, quantized, reference
 from engine.kernels import triton as backend
-from engine.kernels.triton import linear_launch
+from engine.kernels.triton import elementwise, linear_launch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 FORMATS = ("float", *quantized.FORMATS)
@@ -153,6 +153,25 @@ def strides_and_neighbours() -> dict[str, Any]:
     return {"rows": 69 * 4, "wrong": wrong}
 
 
+def bounds() -> dict[str, Any]:
+    """Nothing is read or written outside of the tensors of a call, also where x, quantised weights and matrices end within a tile."""
+    wrong, rows = [], 0
+    usual = linear_launch.is_split
+    for dtype, format in ((F32, "float"), (BF16, "float"), (BF16, "int8"), (F16, "int4")):
+        for m, counts, k in ((1, (5,), 33), (65, (3, 70, 1), 130), (3, (64,), 600)):
+            x, weights = torch.randn(m, k).to(dtype), [matrix(n, k, dtype, format) for n in counts]
+            biases, residual = [torch.randn(n) for n in counts], torch.randn(m, sum(counts))
+            for walked in (False, True)[: 1 if k < 512 else 2]:
+                linear_launch.is_split = (lambda programs: False) if walked else usual
+                out = torch.full_like(residual, math.nan)
+                found = triton_interpreter.accesses_outside(linear_launch.launches(x, weights, biases, residual, out))
+                wrong += [f"{dtype} {format} {m} x {counts} x {k}: {each}" for each in found]
+                wrong += compare(f"{dtype} {format} {m} x {counts} x {k}", out, x, weights, biases, residual)
+                rows += m
+    linear_launch.is_split = usual
+    return {"rows": rows, "wrong": wrong}
+
+
 def hostile() -> dict[str, Any]:
     """Values that are no numbers stay in their row and column."""
     wrong = []
@@ -194,14 +213,31 @@ def every_code() -> dict[str, Any]:
     return {"rows": 64 * 9, "wrong": wrong}
 
 
+def embeddings() -> dict[str, Any]:
+    """Rows of a quantised table are the oracle's to the bit; a token outside of it is not followed and has NaN."""
+    wrong = []
+    tokens = torch.tensor([0, 8, 3, -1, 9, 2**31 - 1, -(2**31), 3], dtype=torch.int32)
+    known = torch.tensor([0, 1, 2, 7])
+    for format in quantized.FORMATS:
+        for width in (33, 1100):
+            table = matrix(9, width, BF16, format)
+            y = torch.empty(len(tokens), width)
+            wrong += triton_interpreter.accesses_outside(elementwise.embed_launches(y, tokens, table))
+            if not torch.equal(y[known], reference.embed(tokens[known], table)) or not y[3:7].isnan().all():
+                wrong.append(f"{format}, {width}: other rows")
+    return {"rows": len(tokens) * 6, "wrong": wrong}
+
+
 GROUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "shapes": shapes,
     "mixed_dtypes": mixed_dtypes,
     "empty": empty,
     "batches": batches,
     "strides_and_neighbours": strides_and_neighbours,
+    "bounds": bounds,
     "hostile": hostile,
     "every_code": every_code,
+    "embeddings": embeddings,
 }
 
 

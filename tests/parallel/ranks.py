@@ -136,6 +136,7 @@ def main(rank: int, size: int, folder: Path) -> dict[str, Any]:
     own = decoder(folder, MODEL, parallel=parallel)
     found["taken"] = error_of(lambda: decoder(folder, MODEL, parallel=parallel))
     found["wrong rank"] = error_of(own.follow if rank == 0 else lambda: own.generate([1]))
+    found["explain"] = error_of(own.explain)
     if rank == 1:
         fails_later(own.model, planned)
     found["follower fails"] = leads(own) if rank == 0 else error_of(own.follow)

@@ -102,6 +102,7 @@ def test_what_cannot_be_is_refused_in_every_process(ranks: list[dict[str, Any]])
     for found in ranks[:2]:
         assert found["other blocks"] == "ValueError: rank 1 has block_size 32 and rank 0 16; all ranks must have the same"
         assert found["taken"].startswith("ValueError: parallel is rank")
+        assert found["explain"].startswith("RuntimeError: explain() times a model that is whole")
     assert ranks[0]["wrong rank"] == "RuntimeError: follow() is for ranks above 0 of a Decoder(parallel=...); this is rank 0 of 2"
     assert ranks[1]["wrong rank"].startswith("RuntimeError: generate() is for rank 0 of the parallel decoder; this is rank 1 of 2")
 

@@ -21,6 +21,7 @@ LAYERS = (
     ("engine.step_threads",),
     ("engine.decoder",),
     ("engine.loop",),
+    ("engine.choose_runner",),
     ("engine.parallel_runner",),
     (
         "engine.admission",
