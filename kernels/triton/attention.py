@@ -43,13 +43,25 @@ def paged_attention(
     window: int = 0,
     tree_start: Tensor | None = None,
     ancestors: Tensor | None = None,
+) -> Tensor:
+    """See ``api.paged_attention``."""
+    return attend((q, key_cache, value_cache, block_table, query_start, context_len), scale, window, tree_start, ancestors)
+
+
+def attend(
+    step: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    window: int,
+    tree_start: Tensor | None,
+    ancestors: Tensor | None,
+    *,
     wide: bool = False,
 ) -> Tensor:
-    """See ``api.paged_attention``. ``wide``: query tiles of WIDE_ROWS rows, for ``fast``."""
-    checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors)
+    """``paged_attention`` of its six first arguments. ``wide``: query tiles of WIDE_ROWS rows, for ``fast``."""
+    q = step[0]
+    checks.paged_attention(*step, window, tree_start, ancestors)
     check_device(q.device, "q")
     out = torch.empty_like(q)
-    step = (q, key_cache, value_cache, block_table, query_start, context_len)
     run(launches(out, *step, scale, window, tree_start, ancestors, wide=wide), q.device)
     return out
 
