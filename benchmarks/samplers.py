@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +30,10 @@ class Controls:
     min_p: float = 0.0
 
 
-def ours(controls: Controls, rows: int, device: torch.device, **more: Any) -> Sample:
-    """The engine's op; each call draws for the next position."""
-    op = kernels.select(device.type).sample
+def ours(controls: Controls, rows: int, device: torch.device, backend: str = "auto", **more: Any) -> Sample:
+    """The engine's op; each call draws for the next position. On a GPU its memory is kept between calls, as the engine keeps it."""
+    ops = kernels.select(device.type, backend)
+    workspace: Any = None
 
     def floats(value: float) -> Tensor:
         return torch.full((rows,), value, device=device)
@@ -42,8 +44,12 @@ def ours(controls: Controls, rows: int, device: torch.device, **more: Any) -> Sa
     given = (floats(controls.temperature), top_k, floats(controls.top_p), floats(controls.min_p), torch.full_like(stream, 7).long())
 
     def sample(logits: Tensor) -> object:
+        nonlocal workspace
+        if workspace is None and logits.is_cuda:
+            module = importlib.import_module(f"engine.kernels.{ops.chosen['sample']}")
+            workspace = module.Workspace(rows, logits.shape[1], device, more.get("logprobs") or 0)
         position.add_(1)
-        return op(logits, *given, position, stream, **more)
+        return ops.sample(logits, *given, position, stream, workspace=workspace, **more)
 
     return sample
 

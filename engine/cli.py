@@ -335,7 +335,7 @@ def _info(arguments: argparse.Namespace) -> int:
     for name, reason in kernels_module.backends("cpu").items():
         print(f"  {name}: {'ready' if reason is None else f'absent: {reason}'}")
     reason = kernels_module.cuda_reason()
-    print(f"cuda module: {'loads, but no op uses it yet' if reason is None else f'absent: {reason}'}")
+    print(f"cuda module: {'ready' if reason is None else f'absent: {reason}'}")
     if cpu.unavailable("cpu") is None:
         print(cpu.describe())
     if not arguments.no_measure:

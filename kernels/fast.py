@@ -76,11 +76,24 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 
 if importlib.util.find_spec("triton") is not None:
 
-    def paged_attention(q: Tensor, key_cache: Tensor, value_cache: Tensor, *step: Tensor, **options: Any) -> Tensor:
+    def paged_attention(
+        q: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_table: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        tree_start: Tensor | None = None,
+        ancestors: Tensor | None = None,
+    ) -> Tensor:
         """See ``api.paged_attention``. Wide query tiles where sequences have many queries, else Triton's op itself."""
         from .triton import attention
 
-        many = len(q) >= _MANY_QUERIES * (len(step[-1]) or 1)
+        many = len(q) >= _MANY_QUERIES * max(len(context_len), 1)
         hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
         wide = many and hopper and q.dtype != torch.float32 and q.shape[2] <= attention.WIDE_HEAD_DIM
-        return attention.paged_attention(q, key_cache, value_cache, *step, wide=wide, **options)
+        step = (q, key_cache, value_cache, block_table, query_start, context_len)
+        return attention.attend(step, scale, window, tree_start, ancestors, wide=wide)

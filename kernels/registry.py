@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from . import crossover
+
 logger = logging.getLogger("engine.kernels")
 
 # Fastest first. A backend is a module of this package whose `unavailable(device_type)` returns None or the reason it cannot serve. It
 # serves the ops it has functions for; the last has all.
-BACKENDS = ("cpu", "fast", "triton", "reference")
-_ONLY_BY_NAME = {("triton", "cpu")}  # in Triton's interpreter: exact, and a thousand times too slow
+BACKENDS = ("cpu", "cuda", "fast", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Ops:
         """What a caller of ``sample`` can keep between its calls (``api.sample``); None where its backend has nothing to be kept."""
         workspace = getattr(_module(self.chosen["sample"]), "SampleWorkspace", None)
         return None if workspace is None else workspace()
+
+
+def _automatic(backend: str, op: str, device_type: str) -> bool:
+    """Whether the automatic choice may take a backend that can serve. Triton's interpreter is exact, and a thousand times too slow."""
+    return crossover.automatic(op) if backend == "cuda" else (backend, device_type) != ("triton", "cpu")
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops) if f.name != "chosen")
@@ -91,7 +97,7 @@ def select(device_type: str = "cpu", backend: str = "auto", deterministic: bool 
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; known backends are auto, {', '.join(BACKENDS)}")
     reasons = backends(device_type)
-    order = [name for name in BACKENDS if reasons[name] is None and (name, device_type) not in _ONLY_BY_NAME]
+    order = [name for name in BACKENDS if reasons[name] is None]
     if deterministic and "fast" in order:
         order.remove("fast")
     if backend != "auto":
@@ -99,7 +105,7 @@ def select(device_type: str = "cpu", backend: str = "auto", deterministic: bool 
             raise RuntimeError(f"backend {backend!r} was asked for but cannot run on {device_type}: {reasons[backend]}")
         if backend == "fast" and deterministic:
             raise RuntimeError("backend 'fast' was asked for, and deterministic=True, which leaves it out")
-        order.insert(0, backend)
+        order.insert(0, order.pop(order.index(backend)))
     elif device_type == "cpu" and os.environ.get("ENGINE_CPU_ISA") and reasons["cpu"] is not None:
         raise RuntimeError(f"ENGINE_CPU_ISA asks for the C++ kernels, which cannot run: {reasons['cpu']}")
     if not order:
@@ -107,10 +113,13 @@ def select(device_type: str = "cpu", backend: str = "auto", deterministic: bool 
     modules = {name: _module(name) for name in order}
     if "cpu" in order:
         modules["cpu"].check_environment()  # here rather than in the midst of a step
-    chosen = {op: next(name for name in order if hasattr(modules[name], op)) for op in OP_NAMES}
+    chosen = {
+        op: next(name for name in order if hasattr(modules[name], op) and (name == backend or _automatic(name, op, device_type)))
+        for op in OP_NAMES
+    }
     slow = [op for op, name in chosen.items() if name == BACKENDS[-1]]
     if backend == "auto" and slow:
-        faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1] if name != "fast")
+        faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1] if name not in ("cuda", "fast"))
         logger.warning("kernels: %r serves %s on %s (%s)", BACKENDS[-1], ", ".join(slow), device_type, faster)
     return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()}, chosen=chosen)
 

@@ -1,5 +1,9 @@
 // engine.kernels._cuda: the CUDA kernels over raw device pointers. Importing it needs no GPU and no driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
 
 #include "cuda/launch.h"
 
@@ -29,6 +33,20 @@ void noise(uintptr_t out, uintptr_t seeds, uintptr_t positions, uintptr_t stream
                         reinterpret_cast<const int32_t*>(streams), num_rows, vocab_size, device, stream);
 }
 
+template <engine::cuda::SamplePlan (*plan_of)(int64_t, int64_t, int)>
+py::object plan(int64_t rows, int64_t vocab, int device) {
+    const engine::cuda::SamplePlan plan = plan_of(rows, vocab, device);
+    if (plan.members == 0) return py::none();
+    return py::make_tuple(plan.members, plan.chunk, plan.num_groups);
+}
+
+template <class Args, void (*launch)(const Args&, int, uintptr_t)>
+void call(const std::array<int64_t, sizeof(Args) / 8>& words, int device, uintptr_t stream) {
+    Args args;
+    std::memcpy(&args, words.data(), sizeof args);
+    launch(args, device, stream);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -38,4 +56,11 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("noise", &noise, py::arg("out"), py::arg("seeds"), py::arg("positions"), py::arg("streams"), py::arg("num_rows"),
           py::arg("vocab_size"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
           "log(E) of every token into out, float32 [num_rows, vocab_size]; all other arguments as in csrc/cuda/launch.h.");
+    m.def("sample_plan", &plan<engine::cuda::sample_plan>, py::arg("rows"), py::arg("vocab"), py::arg("device"),
+          "(members, chunk, num_groups) of sample (csrc/cuda/launch.h); None where no row of so many tokens fits the device.");
+    m.def("beam_plan", &plan<engine::cuda::beam_plan>, py::arg("rows"), py::arg("vocab"), py::arg("device"), "Likewise of beam_select.");
+    m.def("sample", &call<engine::cuda::SampleArgs, engine::cuda::sample>, py::arg("words"), py::arg("device"), py::arg("stream"),
+          "One call; `words` are the fields of SampleArgs (csrc/cuda/sample.h).");
+    m.def("beam_select", &call<engine::cuda::BeamArgs, engine::cuda::beam_select>, py::arg("words"), py::arg("device"), py::arg("stream"),
+          "One call; `words` are the fields of BeamArgs (csrc/cuda/beam.h).");
 }

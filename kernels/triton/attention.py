@@ -43,13 +43,25 @@ def paged_attention(
     window: int = 0,
     tree_start: Tensor | None = None,
     ancestors: Tensor | None = None,
+) -> Tensor:
+    """See ``api.paged_attention``."""
+    return attend((q, key_cache, value_cache, block_table, query_start, context_len), scale, window, tree_start, ancestors)
+
+
+def attend(
+    step: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    scale: float,
+    window: int,
+    tree_start: Tensor | None,
+    ancestors: Tensor | None,
+    *,
     wide: bool = False,
 ) -> Tensor:
-    """See ``api.paged_attention``. ``wide``: query tiles of WIDE_ROWS rows, for ``fast``."""
-    checks.paged_attention(q, key_cache, value_cache, block_table, query_start, context_len, window, tree_start, ancestors)
+    """``paged_attention`` of its six first arguments. ``wide``: query tiles of WIDE_ROWS rows, for ``fast``."""
+    q = step[0]
+    checks.paged_attention(*step, window, tree_start, ancestors)
     check_device(q.device, "q")
     out = torch.empty_like(q)
-    step = (q, key_cache, value_cache, block_table, query_start, context_len)
     run(launches(out, *step, scale, window, tree_start, ancestors, wide=wide), q.device)
     return out
 
@@ -118,12 +130,12 @@ def _query_tile(group: int, rows: int) -> dict[str, int]:
 
 
 def _key_tile(q: Tensor, key_cache: Tensor, head_dim: int) -> dict[str, int]:
-    """How many positions a key tile has, and how many tiles are on their way to the shared memory: a matter of bytes."""
+    """How many positions a key tile has, and how deep their loads are pipelined: a matter of registers."""
     wide = power_of_two(max(head_dim, 16)) * max(q.element_size(), key_cache.element_size())
     if q.dtype == torch.float32:
         wide *= 2  # a product of float32 is three of halves that need registers
     tile = 64 if wide <= 256 and q.dtype != torch.float32 else 32 if wide <= 512 else 16
-    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 5}
+    return {"TILE": tile, "SPLIT_TILES": SPLIT // tile, "STAGES": 3 if q.dtype == torch.float32 else 5}
 
 
 def _arguments(

@@ -39,7 +39,7 @@ def _backend(name: str) -> ModuleType:
 
 
 def _has(backend: str, op: str) -> bool:
-    return backend not in ("fast", "triton") or op in _backend(backend).OPS
+    return backend not in ("cuda", "fast", "triton") or op in _backend(backend).OPS
 
 
 @pytest.mark.parametrize(("backend", "op"), [(b, op) for b in registry.BACKENDS for op in registry.OP_NAMES if _has(b, op)])
@@ -51,7 +51,7 @@ def test_signatures_are_those_of_the_api(backend: str, op: str) -> None:
 
 def test_backends_have_the_ops_they_are_asked_for() -> None:
     """The GPU's have some, and what they have not they do not pretend to have."""
-    for name in ("fast", "triton"):
+    for name in ("cuda", "fast", "triton"):
         backend = _backend(name)
         assert set(backend.OPS) <= set(registry.OP_NAMES)
         assert not [op for op in registry.OP_NAMES if op not in backend.OPS and hasattr(backend, op)]
@@ -196,5 +196,5 @@ def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert set(kernels.select("cpu").chosen.values()) == {"reference"}
     registry.select.cache_clear()
     monkeypatch.setenv("ENGINE_KERNELS", "quick")
-    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, fast, triton, reference"):
+    with pytest.raises(ValueError, match="backend is 'quick'; known backends are auto, cpu, cuda, fast, triton, reference"):
         kernels.select("cpu")
