@@ -7,7 +7,6 @@ their multiplications; short ones against a kernel that does nothing, which take
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -324,10 +323,7 @@ class Bench:
             ones, zeros = torch.ones(rows, device=self.device), torch.zeros(rows, dtype=torch.int32, device=self.device)
             step = (-ones, start, 2 * s.beams, ones, zeros, zeros)
             lines = [Line("plain read", [x.sum for x in pool], logits.nbytes)]
-            lines += [
-                Line(who, [self._select(ops, x, step) for x in pool], logits.nbytes)
-                for who, ops in selectors(self.device, "beam_select").items()
-            ]
+            lines += [Line(who, [self._select(ops, x, step) for x in pool], logits.nbytes) for who, ops in selectors(self.device).items()]
             yield Group("beam_select", f"{groups} groups of {s.beams} beams", lines)
 
     @staticmethod
@@ -342,13 +338,12 @@ def contenders(device: torch.device) -> dict[str, Ops]:
     return {"fast": kernels.select("cuda"), "Triton": kernels.select("cuda", deterministic=True)}
 
 
-def selectors(device: torch.device, op: str = "sample") -> dict[str, Ops]:
-    """Ops that draw or select: Triton's, and those written in CUDA, of which ``kernels/crossover.py`` is filled from these times."""
+def selectors(device: torch.device) -> dict[str, Ops]:
+    """Ops that draw and select: Triton's, and those written in CUDA, of which ``kernels/crossover.py`` is filled from measured times."""
     if device.type != "cuda":
         return contenders(device)
     found = {"Triton": kernels.select("cuda", "triton")}
-    module = importlib.import_module("engine.kernels.cuda") if "cuda" in kernels.backends("cuda") else None
-    if module is not None and kernels.backends("cuda")["cuda"] is None and hasattr(module, op):
+    if kernels.backends("cuda")["cuda"] is None:
         found["CUDA kernel"] = kernels.select("cuda", "cuda")
     return found
 
