@@ -49,9 +49,11 @@ gpu-build:
 	@$(PYTHON) setup.py -q build_ext --inplace
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no CUDA GPU"; print(torch.cuda.get_device_name())'
 
+# Mostly Triton compiles: several processes, where pytest-xdist is installed.
+gpu-test: WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2> /dev/null)
 gpu-test: gpu-build
 	@mkdir -p $(OUT)
-	$(PYTHON) -m pytest -m gpu --junitxml=$(OUT)/tests.xml $$(grep -rl --include='test_*.py' 'mark.gpu' tests)
+	$(PYTHON) -m pytest -m gpu $(WORKERS) -o timeout=500 --junitxml=$(OUT)/tests.xml $$(grep -rl --include='test_*.py' 'mark.gpu' tests)
 
 gpu-verify: gpu-build
 	$(PYTHON) -m engine verify --device cuda
