@@ -62,7 +62,7 @@ gpu-verify: gpu-build
 gpu-sanitize: gpu-build
 	@mkdir -p $(OUT); command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer was not found: not run"; exit 0; }; \
 	failed=; for tool in $(SANITIZERS); do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --log-file $(OUT)/$$tool.log \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTORCH_NO_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --log-file $(OUT)/$$tool.log \
 			$(PYTHON) -m pytest -m gpu -o timeout=0 tests/ops/test_gpu_calls.py || failed="$$failed $$tool"; \
 		tail -n 3 $(OUT)/$$tool.log; \
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }

@@ -289,3 +289,18 @@ def test_a_decoder_leaves_no_memory_behind() -> None:
     before = held()
     use()
     assert held() == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
+def test_models_on_two_gpus_whichever_is_the_current_one() -> None:
+    """Also from a thread of its own, whose current GPU is the first."""
+    decoders = [Decoder(small_llama(seed=0, **SIZES).bfloat16().to(f"cuda:{i}"), cache_tokens=8192, deterministic=True) for i in (0, 1)]
+    for decoder in decoders:
+        for _ in range(2):
+            assert tokens(decoder.generate(PROMPTS, params=UNFILTERED)) == tokens(alone("unfiltered"))
+
+    async def go() -> list[RequestOutput]:
+        async with AsyncDecoder(decoders[1]) as decoder:
+            return await decoder.generate(PROMPTS, params=UNFILTERED)
+
+    assert tokens(asyncio.run(go())) == tokens(alone("unfiltered"))
