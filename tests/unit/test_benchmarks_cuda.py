@@ -98,11 +98,14 @@ def test_a_kernel_that_fails_is_told_and_the_others_go_on(limits: clock.Limits) 
     def failing() -> None:
         raise RuntimeError("no such instruction\nmore")
 
-    bench.clock.timed = lambda calls, captured=True: calls[0]() or (lambda: 2.0)  # type: ignore[method-assign]
-    lines = [kernel_suite.Line("bad", [failing], 1.0), kernel_suite.Line("good", [lambda: None], limits.copy_bandwidth)]
-    bad, good = bench.measure(kernel_suite.Group("op", "case", lines))
+    bench.clock.timed = lambda calls, captured=True: calls[0]() or (lambda: float(len(calls)))  # type: ignore[method-assign]
+    moved = limits.copy_bandwidth
+    lines = [("bad", [failing], 1.0), ("one", [lambda: None], moved), ("two", [lambda: None] * 2, moved)]
+    bad, one, two = bench.measure(kernel_suite.Group("op", "case", [kernel_suite.Line(*line) for line in lines]))
     assert bad["error"] == "RuntimeError: no such instruction" and "seconds" not in bad
-    assert good["times_first"] == 1.0 and good["copy_share"] == 0.5
+    assert (one["times_first"], one["copy_share"]) == (1.0, 1.0)
+    assert (two["times_first"], two["copy_share"]) == (2.0, 0.5)
+    assert two["limit_share"] == pytest.approx(moved / limits.read_bandwidth / 2)
 
 
 def test_aims_of_kernels() -> None:
