@@ -7,7 +7,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 INSTALL := ENGINE_BUILD=none $(PIP) -c constraints.txt --no-build-isolation -e
 
-.PHONY: demo test lint bench wheel native clean
+# On a machine with a GPU: with this Python and what is installed for it, without a network. Results go to OUT.
+OUT ?= build/gpu
+SUITES ?= kernels decode sampling
+LENGTH ?= --full
+SANITIZERS ?= memcheck racecheck synccheck
+
+.PHONY: demo test lint bench wheel native gpu gpu-build gpu-test gpu-verify gpu-sanitize gpu-bench clean
 
 demo: native .venv/.grammar
 	$(BIN)/python -m engine demo
@@ -31,6 +37,40 @@ wheel: .venv/.runtime
 
 native: .venv/.runtime
 	@$(BIN)/python setup.py -q build_ext --inplace
+
+# Every stage, also after one that fails; each can be called by itself, and so can each suite (make gpu-bench SUITES=decode LENGTH=--quick).
+gpu:
+	@failed=; for stage in gpu-build gpu-test gpu-verify gpu-sanitize gpu-bench; do $(MAKE) --no-print-directory $$stage || failed="$$failed $$stage"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+gpu-build:
+	@$(PYTHON) -c 'import engine.kernels as k, os, sys; sys.exit(os.path.dirname(k.__file__) != os.path.realpath("kernels"))' 2> /dev/null || \
+		ENGINE_BUILD=none $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(PYTHON) setup.py -q build_ext --inplace
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no CUDA GPU"; print(torch.cuda.get_device_name())'
+
+# Mostly Triton compiles: several processes, where pytest-xdist is installed.
+gpu-test: WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2> /dev/null)
+gpu-test: gpu-build
+	@mkdir -p $(OUT)
+	$(PYTHON) -m pytest -m gpu $(WORKERS) -o timeout=500 --junitxml=$(OUT)/tests.xml $$(grep -rl --include='test_*.py' 'mark.gpu' tests)
+
+gpu-verify: gpu-build
+	$(PYTHON) -m engine verify --device cuda
+
+# One small call of every kernel. Without PyTorch's cache of memory each tensor is an allocation of its own, whose ends memcheck knows.
+gpu-sanitize: gpu-build
+	@mkdir -p $(OUT); command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer was not found: not run"; exit 0; }; \
+	failed=; for tool in $(SANITIZERS); do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTORCH_NO_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --log-file $(OUT)/$$tool.log \
+			$(PYTHON) -m pytest -m gpu -o timeout=0 tests/ops/test_gpu_calls.py || failed="$$failed $$tool"; \
+		tail -n 3 $(OUT)/$$tool.log; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
+gpu-bench: gpu-build
+	@mkdir -p $(OUT); failed=; for suite in $(SUITES); do \
+		$(PYTHON) benchmarks/run.py --device cuda --suite $$suite $(LENGTH) --out $(OUT)/$$suite.json || failed="$$failed $$suite"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 .venv/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

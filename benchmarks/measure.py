@@ -48,6 +48,9 @@ class Machine:
         """The least time a kernel that reads so many bytes and does so many operations can take: the roofline."""
         return max(num_bytes / self.read_bandwidth, operations / self.flop_rate)
 
+    def limits_line(self) -> str:
+        return f"{self.read_bandwidth / 1e9:.1f} GB/s read, {self.flop_rate / 1e9:.0f} GFLOP/s float32"
+
     def reader(self) -> Callable[[], float]:
         """A contender that reads READ_BYTES of memory; its seconds are for ``during``."""
         return lambda: READ_BYTES / limits.read_bandwidth(READ_BYTES, 1)
@@ -90,7 +93,7 @@ class Machine:
 class Setting:
     """What a suite is run with."""
 
-    machine: Machine
+    machine: Any  # a Machine, or of a GPU `clock.Limits`
     quick: bool = True
     device: str = "cpu"
     peers: list[Remote] = field(default_factory=list)

@@ -15,19 +15,21 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "tests", "scripts")]
 
 import against  # noqa: E402
 import torch  # noqa: E402
+from clock import measure_limits  # noqa: E402
 from load import ServerError  # noqa: E402
 from measure import Machine, Setting, write_json  # noqa: E402
 from peers.remote import find, wanted_names  # noqa: E402
 
 # Each is a module suite_*.py with run(setting), and plot() where it draws figures.
 SUITES = ("kernels", "decode", "sampling", "beam", "speculative", "scaling", "serving")
-ON_CUDA = ("sampling",)
+ON_CUDA = {"kernels": "suite_kernels_cuda", "decode": "suite_decode_cuda", "sampling": "suite_sampling"}  # and their modules
 WITH_PEERS = ("decode", "beam")
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="fewer cases and rounds, about two minutes in all (default)")
     length.add_argument("--full", action="store_true", help="all cases")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"cuda: only {', '.join(ON_CUDA)}, of a GPU's own")
     parser.add_argument("--peers", default="auto", help="other engines: auto (those installed), none, or names with commas")
     parser.add_argument("--models", choices=("S", "M", "S,M"), help="random models of the decode suite; default: S, with --full both")
     parser.add_argument("--server", metavar="URL", help="measure in the serving suite this server of OpenAI's API, which runs already")
@@ -51,10 +53,13 @@ def main() -> None:
     names = SUITES if arguments.suite == "all" else (arguments.suite,)
     if arguments.explain and arguments.suite == "all":
         names = ()
-    if arguments.device == "cuda":
+    on_cuda = arguments.device == "cuda"
+    if on_cuda:
         names = tuple(name for name in names if name in ON_CUDA)
-        if not names:
-            parser.error(f"on cuda there is only the suite {', '.join(ON_CUDA)}, not {arguments.suite}")
+        if not names or arguments.explain:
+            parser.error(f"on cuda there are only the suites {', '.join(ON_CUDA)}, not {'--explain' if names else arguments.suite}")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no CUDA GPU")
     try:
         wanted = wanted_names(arguments.peers)
     except ValueError as error:
@@ -71,9 +76,9 @@ def main() -> None:
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--against {arguments.against} is not the JSON of an earlier run: {error!r}")
 
-    machine = Machine()
-    print(f"limits: {machine.read_bandwidth / 1e9:.1f} GB/s read, {machine.flop_rate / 1e9:.0f} GFLOP/s float32")
-    peers, absent = find(wanted if any(name in WITH_PEERS for name in names) else (), torch.get_num_threads())
+    machine: Any = measure_limits(torch.device("cuda")) if on_cuda else Machine()
+    print(f"limits: {machine.limits_line()}")
+    peers, absent = find(wanted if any(name in WITH_PEERS for name in names) and not on_cuda else (), torch.get_num_threads())
     for name, why in absent.items():
         print(f"peer {name} does not take part: {why}")
     models = tuple((arguments.models or ("S,M" if arguments.full else "S")).split(","))
@@ -81,7 +86,7 @@ def main() -> None:
         machine, quick=not arguments.full, device=arguments.device, peers=peers, models=models, wanted=wanted, server=arguments.server,
         server_model=arguments.server_model, api_key=arguments.api_key, shared_prompts=arguments.shared_prompts,
     )  # fmt: skip
-    suites = {name: importlib.import_module(f"suite_{name}") for name in names}
+    suites = {name: importlib.import_module(ON_CUDA[name] if on_cuda else f"suite_{name}") for name in names}
     try:
         results = {name: suite.run(setting) for name, suite in suites.items()}
         if arguments.explain:
@@ -101,6 +106,8 @@ def main() -> None:
                     print(f"written: {file}")
     if earlier is not None:
         against.report(earlier, written, arguments.against.name)
+    if failed := [error for result in results.values() if isinstance(result, dict) for error in result.get("errors", ())]:
+        sys.exit("failed, and left out of the results:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

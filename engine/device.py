@@ -3,6 +3,7 @@ back."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar
@@ -64,6 +65,12 @@ class _CudaGraph:
             self._graph.replay()
 
 
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all, for cuBLAS keeps memory for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaDevice:
     """A CUDA GPU; work goes to its current stream. The thread that asks for it may have another GPU as its current one."""
 
@@ -87,8 +94,9 @@ class CudaDevice:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads of a server may use CUDA meanwhile.
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads of a server may use CUDA meanwhile. Torch's own stream for captures is on the GPU that had the first.
+        stream = _capture_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             result = run()
         return _CudaGraph(graph, self.device, result)
 

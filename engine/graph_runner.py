@@ -163,6 +163,7 @@ class GraphRunner(Runner):
         self._read: list[Mark | None] = [None] * _RING  # when the device has read what was staged there
         self._turn = 0
         self._shapes: dict[Sizes, _Shape] = {}
+        self._addresses = model.addresses()  # of weights in the graphs
         self._places: dict[TokenSequence, int] = {}  # the rows of the last step whose tokens the device has
 
     def can_feed(self, started: Started) -> bool:
@@ -208,6 +209,10 @@ class GraphRunner(Runner):
 
     def _run(self, shape: _Shape, sizes: Sizes, again: bool) -> Tensor | None:
         """The kernels of a step. A graph is captured when sizes come for the second time: by then all its kernels are compiled."""
+        if again and (addresses := self.model.addresses()) != self._addresses:
+            self._addresses = addresses
+            for other in self._shapes.values():
+                other.graph, other.uses = None, 0
         compute = functools.partial(_compute, self.model, self.cache, shape.batch, shape.views, self._outputs, sizes.draws)
         shape.uses += 1
         if shape.graph is None and again and shape.uses > 1:

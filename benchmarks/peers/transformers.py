@@ -20,8 +20,10 @@ def make_clock() -> Any:
             self.marks: list[tuple[float, int]] = []
 
         def __call__(self, input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
             self.marks.append((time.perf_counter(), input_ids.shape[1]))
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return Clock()
 

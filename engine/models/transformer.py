@@ -52,6 +52,9 @@ class Transformer:
         self._activations = torch.float32 if weights.final_norm.is_cpu else self.dtype
         self.parallel = parallel
         self._one_call = one_call(ops, config, weights, self.cos, self.sin) if parallel is None else None
+        parts = (weights.embedding, weights.final_norm, weights.head, *(part for layer in weights.layers for part in vars(layer).values()))
+        tensors = (tensor for part in parts for tensor in (part if isinstance(part, tuple) else (part,)))
+        self._live = [tensor for tensor in tensors if isinstance(tensor, torch.nn.Parameter)]
         self._in_order = "fast" not in ops.chosen.values()
         ranks = [] if parallel is None else [Shard(rank, parallel.size) for rank in range(parallel.size)]
         self._vocabularies = [shard.vocabulary(config.vocab_size) for shard in ranks]
@@ -76,6 +79,10 @@ class Transformer:
             for part in vars(layer).values():
                 tensors += part if isinstance(part, tuple) else [] if part is None else [part]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def addresses(self) -> list[int]:
+        """Where a live model's parameters lie now: their owner may give them other storage between two steps (``.data = ``)."""
+        return list(map(Tensor.data_ptr, self._live))
 
     def forward_logits(self, batch: StepBatch, cache: Cache) -> Tensor:
         """Run the T tokens of a step, write their keys and values into ``cache``, and run the LM head on the rows ``batch.logit_rows``.
@@ -117,7 +124,9 @@ class Transformer:
     def logits(self, hidden: Tensor) -> Tensor:
         """The LM head: float32 ``[R, vocab_size]`` of ``hidden [R, hidden_size]``; of a model in parts as ``forward_logits`` says."""
         head = self.weights.head
-        out: Tensor = self.ops.linear(hidden, (head,), out=torch.empty((len(hidden), head.shape[0]), device=hidden.device))
+        out: Tensor = self.ops.linear(
+            hidden, (head,), out=torch.empty((len(hidden), head.shape[0]), dtype=torch.float32, device=hidden.device)
+        )
         if self.parallel is None or not len(out):
             return out
         return self.parallel.gather_columns(out, [tokens.stop - tokens.start for tokens in self._vocabularies])
