@@ -54,7 +54,7 @@ def tiling(width: int, depth: int, format: str, dtype: torch.dtype) -> Tiling:
 
 def linear(
     x: Tensor,
-    weights: Sequence[Weight | PackedWeight],
+    weights: Sequence[Tensor | PackedWeight | QuantizedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     residual: Tensor | None = None,
