@@ -51,7 +51,8 @@ def command(arguments: argparse.Namespace) -> int:
         names = [arguments.backend]
     else:
         reasons = kernels.backends(device.type)
-        names = [name for name, reason in reasons.items() if reason is None]
+        there = [name for name, reason in reasons.items() if reason is None]
+        names = [name for name in there if kernels.select(device.type, name).chosen["sample"] == name]  # `fast` draws by another's
         for name, reason in reasons.items():
             if reason is not None:
                 print(f"{name} is absent: {reason}")
