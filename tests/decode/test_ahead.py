@@ -142,7 +142,7 @@ class TestChoice:
     @staticmethod
     def choose(monkeypatch: pytest.MonkeyPatch, decoder: Decoder, ops: Any) -> Runner:
         monkeypatch.setattr(choose_runner, "CudaDevice", lambda device: FakeDevice(random.Random(0)))
-        model: Any = SimpleNamespace(device=torch.device("cuda", 0), ops=ops)
+        model: Any = SimpleNamespace(device=torch.device("cuda", 0), ops=ops, addresses=tuple)
         return choose_runner.choose_runner(model, decoder.loop.cache, decoder.loop.scheduler, 256, None)
 
     def test_graphs_without_any_option(self, model, monkeypatch, caplog):
