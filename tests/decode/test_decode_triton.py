@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreted import Interpreted
 
 from engine.kernels.triton import OPS
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).resolve().parents[1]
 # Group -> how far log-probabilities may be off: sums in other orders, which 16 bits make larger.
 GROUPS = {"fused": 1e-5, "filtered": 1e-5, "prepared": 1e-5, "drafts": 1e-5, "bfloat16": 0.05, "int8 cache": 0.05}
-
-
-@pytest.fixture(scope="module")
-def decoded() -> dict[str, Any]:
-    """What ``triton_decode_cases`` found: group -> backend -> outputs."""
-    path = os.pathsep.join([str(TESTS), str(TESTS / "ops"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    program = TESTS / "decode" / "triton_decode_cases.py"
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert set(outcome) == set(GROUPS)
-    return outcome
+INTERPRETED = Interpreted("decode/triton_decode_cases.py", ())
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_tokens_are_the_oracles(decoded: dict[str, Any], group: str) -> None:
-    triton, reference = decoded[group]["triton"], decoded[group]["reference"]
+def test_tokens_are_the_oracles(interpreted: dict[str, Any], group: str) -> None:
+    triton, reference = interpreted[group]["triton"], interpreted[group]["reference"]
     assert {op for op, backend in triton["chosen"].items() if backend == "triton"} == set(OPS)
     assert set(reference["chosen"].values()) == {"reference"}
     assert triton["outputs"] == reference["outputs"]
@@ -43,10 +26,10 @@ def test_tokens_are_the_oracles(decoded: dict[str, Any], group: str) -> None:
     assert triton["logprobs"] == pytest.approx(reference["logprobs"], abs=GROUPS[group])
 
 
-def test_steps_were_replayed_and_drafts_accepted(decoded: dict[str, Any]) -> None:
+def test_steps_were_replayed_and_drafts_accepted(interpreted: dict[str, Any]) -> None:
     """The groups do what they are there for."""
     for group in ("fused", "filtered", "prepared", "bfloat16"):
-        assert decoded[group]["triton"]["replays"] == decoded[group]["reference"]["replays"] > 0, group
-    drafts = decoded["drafts"]
+        assert interpreted[group]["triton"]["replays"] == interpreted[group]["reference"]["replays"] > 0, group
+    drafts = interpreted["drafts"]
     for backend in ("triton", "reference"):
         assert drafts[backend]["drafted"] > drafts[backend]["accepted"] > 0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sample_cases
 import torch
+from interpreted import Interpreted
 from torch import Tensor
 
 from engine.kernels import STATUS_BAD_PARAMETER, STATUS_NAN, STATUS_NOTHING_ALLOWED, STATUS_OK, SampleResult, reference
@@ -25,18 +21,7 @@ GROUPS = (
     "arithmetic", "controls", "crossing", "hostile", "search", "flat_boundaries", "hard_boundaries", "large", "many_draws",
     "batch_positions", "bad_parameters", "workspaces",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *GROUPS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

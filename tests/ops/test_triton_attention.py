@@ -3,18 +3,14 @@ compiles)."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import Batch, make_batch, only
 from attention_tree_cases import assert_equals_paths, tree
+from interpreted import Interpreted
 from torch import Tensor
 
 from engine.kernels import fast, registry
@@ -23,18 +19,7 @@ from engine.kernels import triton as backend
 pytest.importorskip("triton")
 
 GROUPS = ("oracle", "bits", "trees", "hostile", "padding")
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_attention_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_attention_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *GROUPS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_attention_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

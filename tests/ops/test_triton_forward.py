@@ -3,18 +3,14 @@ compiles them)."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forward_cases import HOSTILE, rope_case, with_caches
+from interpreted import Interpreted
 from torch import Tensor
 
 from engine.kernels import pack, quantize, reference
@@ -23,18 +19,7 @@ from engine.kernels import triton as backend
 pytest.importorskip("triton")
 
 GROUPS = ("embed", "norm", "silu", "feed", "rope", "rope_norms", "rope_hostile", "rope_ranges", "move", "copy")
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_forward_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_forward_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *GROUPS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_forward_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

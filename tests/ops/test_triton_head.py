@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import head_cases
 import pytest
 import torch
+from interpreted import Interpreted
 
 from engine.kernels import STATUS_BAD_PARAMETER, STATUS_OK, merge_draws, quantize
 from engine.kernels import triton as backend
@@ -19,18 +15,7 @@ from engine.kernels import triton as backend
 pytest.importorskip("triton")
 
 GROUPS = ("hostile", "products", "formats", "shards", "alone", "bad_temperatures", "many_tiles")
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_head_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_head_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *GROUPS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_head_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -3,16 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import Interpreted
 from torch import Tensor
 
 from engine.kernels import QuantizedWeight, fast, pack, quantize, quantized, reference, select
@@ -21,17 +17,7 @@ from engine.kernels import triton as backend
 pytest.importorskip("triton")
 
 GROUPS = ("shapes", "mixed_dtypes", "empty", "batches", "strides_and_neighbours", "bounds", "hostile", "every_code", "embeddings")
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_linear_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_linear_cases.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(program), *GROUPS], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_linear_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

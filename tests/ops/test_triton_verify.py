@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import block_cases
@@ -15,6 +10,7 @@ import masses_cases
 import pytest
 import torch
 import verify_cases
+from interpreted import Interpreted
 
 from engine.kernels import reference
 from engine.kernels import triton as backend
@@ -24,18 +20,7 @@ pytest.importorskip("triton")
 GROUPS = (
     "trees", "full_trees", "bad_starts", "bad_parents", "masses", "masses_of_bad_parameters", "blocks", "block_ranges",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    """What ``triton_verify_cases`` found, by group."""
-    program = Path(__file__).with_name("triton_verify_cases.py")
-    done = subprocess.run(
-        [sys.executable, str(program), *GROUPS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+INTERPRETED = Interpreted("ops/triton_verify_cases.py", GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)
