@@ -44,10 +44,11 @@ gpu:
 	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 gpu-build:
+	@$(PYTHON) -c 'import sys, torch; ok = torch.cuda.is_available(); print(torch.cuda.get_device_name() if ok else "torch finds no CUDA GPU"); \
+		sys.exit(not ok)'
 	@$(PYTHON) -c 'import engine.kernels as k, os, sys; sys.exit(os.path.dirname(k.__file__) != os.path.realpath("kernels"))' 2> /dev/null || \
 		ENGINE_BUILD=none $(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@$(PYTHON) setup.py -q build_ext --inplace
-	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no CUDA GPU"; print(torch.cuda.get_device_name())'
 
 # Mostly Triton compiles: several processes, where pytest-xdist is installed.
 gpu-test: WORKERS = $(shell $(PYTHON) -c 'import os, xdist; print("-n", min(12, os.cpu_count()))' 2> /dev/null)

@@ -137,7 +137,7 @@ class Decoder:
             if parallel is not None:
                 num_blocks = parallel_runner.agree(
                     parallel, config, num_blocks, kv_dtype=kv_dtype, block_size=block_size, max_batch_size=max_batch_size,
-                    max_batch_tokens=max_batch_tokens, kernels=self.ops.chosen,
+                    max_batch_tokens=max_batch_tokens, kernels=self.ops.chosen, weights=weights,
                 )  # fmt: skip
                 weakref.finalize(self, parallel_runner.leave, parallel)  # also when the interpreter ends
         self.name = loaded.name

@@ -154,7 +154,8 @@ class GraphRunner(Runner):
         self._device = device
         self._split = max(1, _SPLIT // block_size)
         sequences, tokens = ladder(max_batch_size + 1), ladder(max_batch_tokens + 1)
-        largest = Sizes(sequences, tokens, max(tokens, sequences), self._width(max_blocks), True, FILTERED)
+        # Rows: one for each token, and for each follower that draws from its leader's.
+        largest = Sizes(sequences, tokens, ladder(max_batch_tokens + max_batch_size), self._width(max_blocks), True, FILTERED)
         words = num_words(largest)
         self._buffer = device.memory(words, torch.int32)
         self._staging = [device.host_memory(words, torch.int32) for _ in range(_RING)]

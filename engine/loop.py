@@ -187,9 +187,17 @@ class StepLoop:
         elif failure is not None:
             raise failure
         elif plan is not None and plan.sequences:
+            assert started is not None
             self.scheduler.commit(plan)
-            self._started = started
+            self._keep(started)
         return before.plan
+
+    def _keep(self, started: Started) -> None:
+        """Settle a step, or let the next one begin before."""
+        if self.speculator is None and self.runner.can_feed(started):
+            self._started = started
+        else:
+            self._settle_safely(started)
 
     def _settle_started(self) -> None:
         """Wait for the tokens that are on their way, if any are."""

@@ -121,6 +121,8 @@ def select(device_type: str = "cpu", backend: str = "auto", deterministic: bool 
     if backend == "auto" and slow:
         faster = "; ".join(f"{name}: {reasons[name] or 'has none of them'}" for name in BACKENDS[:-1] if name not in ("cuda", "fast"))
         logger.warning("kernels: %r serves %s on %s (%s)", BACKENDS[-1], ", ".join(slow), device_type, faster)
+    elif backend == "auto" and device_type == "cuda" and reasons["cuda"] is not None:
+        logger.warning("kernels: 'triton' serves on cuda what 'cuda' would (cuda: %s)", reasons["cuda"])
     return Ops(**{op: getattr(modules[name], op) for op, name in chosen.items()}, chosen=chosen)
 
 

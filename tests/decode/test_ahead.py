@@ -13,6 +13,7 @@ from decode.fake_device import FakeDevice, on_fake_device
 from decode.small_models import small_llama
 
 from engine import Decoder, DraftModel, PromptLookup, choose_runner, kernels
+from engine.drafters.draft import Draft
 from engine.graph_runner import GraphRunner, Sizes, _columns, ladder
 from engine.runner import Runner
 
@@ -91,6 +92,57 @@ def test_drafts(model, width, verification):
     outputs, expected, decoder, device = both(model, options, draft=lambda: [PromptLookup(), DraftModel(model, width=width)])
     assert_same(outputs, expected)
     assert decoder.stats().num_accepted > 0 and device.num_replays > 0
+
+
+class Always:
+    """Drafts whatever it may."""
+
+    def draft(self, requests, limits):
+        return [Draft.chain([7] * limit, [0.99] * limit) for limit in limits]
+
+    def release(self, request):
+        pass
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_rows_of_followers_beside_those_of_drafts(model, top_k):
+    """More rows than a step may have tokens."""
+    found = []
+    for fake in (False, True):
+        decoder = Decoder(model, cache_tokens=4096, max_batch_size=16, max_batch_tokens=16, draft=Always())
+        if fake:
+            on_fake_device(decoder)
+        options = {"temperature": 1.0, "seed": 3, "top_k": top_k, "ignore_eos": True}
+        first = decoder.submit([[7, 8, 9 + i] for i in range(4)], max_new_tokens=60, num_assistant_tokens=20, **options)
+        for _ in range(6):
+            decoder.step()
+        second = decoder.submit([[5, 6]], max_new_tokens=8, num_return_sequences=12, **options)
+        while decoder.has_work:
+            decoder.step()
+        found.append([(o.token_ids, o.finish_reason, o.error) for o in (*first.outputs, *second.outputs)])
+    assert found[0] == found[1]
+
+
+def test_a_processor_is_not_asked_for_a_request_that_has_ended(model):
+    decoder = Decoder(model, cache_tokens=1024)
+    on_fake_device(decoder)
+    calls = []
+
+    def processor(tokens, logits):
+        calls.append(len(tokens))
+        return logits
+
+    decoder.submit([[3, 4, 5]], max_new_tokens=30, ignore_eos=True)
+    for _ in range(3):
+        decoder.step()
+    submission = decoder.submit([[6, 7]], max_new_tokens=30, ignore_eos=True, logits_processor=processor)
+    while not calls:
+        decoder.step()
+    decoder.abort(submission)
+    before = len(calls)
+    while decoder.has_work:
+        decoder.step()
+    assert len(calls) == before
 
 
 def test_the_next_step_begins_before_the_tokens_of_the_last_are_there(model, monkeypatch):

@@ -137,6 +137,7 @@ def test_a_backend_asked_for_by_name_serves_the_ops_it_has(monkeypatch: pytest.M
 def test_a_gpu_has_kernels_of_its_own_for_every_op(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backend("cuda"), "unavailable", lambda device_type: None)
     fast = set(_backend("fast").OPS)
     with caplog.at_level(logging.WARNING, logger="engine.kernels"):
         ops, deterministic = kernels.select("cuda"), kernels.select("cuda", deterministic=True)
@@ -145,6 +146,16 @@ def test_a_gpu_has_kernels_of_its_own_for_every_op(monkeypatch: pytest.MonkeyPat
     assert not caplog.records
     with pytest.raises(RuntimeError, match="'fast' was asked for, and deterministic=True, which leaves it out"):
         kernels.select("cuda", "fast", deterministic=True)
+
+
+def test_a_gpu_without_the_cuda_module_gets_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_backend("cuda"), "unavailable", lambda device_type: "it was not built")
+    with caplog.at_level(logging.WARNING, logger="engine.kernels"):
+        ops = kernels.select("cuda")
+    assert "reference" not in ops.chosen.values() and ops.capturable
+    assert [r.getMessage() for r in caplog.records] == ["kernels: 'triton' serves on cuda what 'cuda' would (cuda: it was not built)"]
 
 
 def test_a_gpu_without_triton_gets_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
