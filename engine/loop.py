@@ -140,7 +140,8 @@ class StepLoop:
 
     def _step_in_turn(self) -> StepPlan | None:
         """A step that begins when the one before it is done; returns its plan, or None if there is none or it has failed."""
-        self._settle_started()
+        if self._started is not None:
+            self._settle_started()
         if not self.scheduler.has_work:
             return None
         if self.speculator is not None:
@@ -238,8 +239,8 @@ class StepLoop:
         self.meter.lap("forward")
         self.scheduler.commit(plan)
         self.meter.lap("commit")
-        if self.speculator is None and self.runner.can_feed(started):
-            self._started = started
+        if started.draw is not None:
+            self._keep(started)
         else:
             self._settle(started)
 

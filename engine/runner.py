@@ -6,7 +6,6 @@ from array import array
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from .columns import tensor_of
@@ -48,11 +47,8 @@ class Runner:
         self.model = model
         self.cache = cache
         self.block_size = block_size
+        self.device = model.device
         self._last: tuple[list[array[int]], StepBatch] | None = None  # the numbers of the last step, and its tensors over them
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def can_feed(self, started: Started) -> bool:
         """Whether the step after ``started`` can begin before the host knows its tokens."""
@@ -64,7 +60,8 @@ class Runner:
     def run(self, plan: StepPlan) -> Tensor | None:
         """Compute the plan's tokens; logits float32 ``[R, V]`` of ``plan.rows``, or None if no row needs any."""
         self.cache.copy_blocks(self.model.ops, plan.copies)
-        logits = self.model.forward_logits(upload(self._prepare(plan), self.device), self.cache)
+        batch = self._prepare(plan)
+        logits = self.model.forward_logits(batch if batch.tokens.device == self.device else upload(batch, self.device), self.cache)
         return logits if plan.rows else None
 
     def move_tokens(self, sources: list[int], targets: list[int]) -> None:
@@ -99,6 +96,10 @@ class Numbers:
         width: the columns of the block table are a multiple of it.
         places: where tokens that are ``PENDING`` have been drawn: the row of each sequence in the step before.
     """
+
+    __slots__ = (
+        "tokens", "positions", "slots", "query_start", "context_len", "block_table", "logit_rows", "source", "width", "trees", "_plan",
+    )  # fmt: skip
 
     def __init__(self, plan: StepPlan, block_size: int, width: int, places: dict[TokenSequence, int] | None = None) -> None:
         tokens: list[int] = []

@@ -61,7 +61,7 @@ class Sampler:
         errors = {r: error for r in processed if (error := process(logits[r], rows[r])) is not None}
         result: SampleResult = self.ops.sample(
             logits,
-            *upload(self._law, logits.device),
+            *(self._law if logits.is_cpu else upload(self._law, logits.device)),
             **({} if self._bare else upload(lists(rows, logits.shape[1]), logits.device)),
             logprobs=self._num_top,
             workspace=self._workspace,

@@ -37,7 +37,7 @@ def scheduler_of(*requests: Request, max_batch_tokens: int = 64) -> Scheduler:
 
 
 def runner_of() -> Runner:
-    return Runner(SimpleNamespace(), SimpleNamespace(), 16)  # type: ignore[arg-type]  # neither is asked for anything
+    return Runner(SimpleNamespace(device=None), SimpleNamespace(), 16)  # type: ignore[arg-type]  # neither is asked for anything
 
 
 def check(plan: StepPlan, batch: StepBatch) -> None:
