@@ -24,7 +24,8 @@ Grids: query tiles x (KV heads x tiles of the heads of one) [x splits]; of the m
 by shapes, T // QUERIES + S; a program finds its sequence by counting, and programs beyond the end, of a sequence or its splits, exit.
 
 Bytes: keys and values of a context once for every query tile, and the results of its splits, 4 (D + 2) for each of its rows, written and
-read. Called by ``attention`` (and by ``fast``, in tiles of 64 rows without splits).
+read. Float32 queries with a head_dim above 128 are read again for every key tile, from the caches. Called by ``attention`` (and by
+``fast``, in tiles of 64 rows without splits).
 
 Values out of range are never followed: blocks are clamped to the cache, contexts to the block table, rows to the call. What
 all kernels compute is in ``attention_tiles``.
@@ -38,7 +39,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .attention_tiles import FAR, NONE, count_bits, fold, result_of, split_of
+from .attention_tiles import FAR, NONE, count_bits, fold, load_queries, result_of, split_of
 
 SPLIT = tl.constexpr(512)  # positions
 
@@ -137,13 +138,6 @@ def _key_tiles(there, low, high, tree, TILE: tl.constexpr):
     return begin, end, whole_begin, whole_end
 
 
-@triton.jit
-def _load_queries(q, index, there, DIM: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
-    d = tl.arange(0, PADDED)
-    x = tl.load(q + index[:, None] * DIM + d[None, :], mask=there[:, None] & (d[None, :] < DIM), other=0.0)
-    return x
-
-
 @_kernel
 def attention_walk(
     q, key_cache, value_cache, key_scales, value_scales, block_table, query_start, context_len, tree_start, ancestors, out,
@@ -160,7 +154,7 @@ def attention_walk(
     )  # fmt: skip
     if count > 0:
         begin, end, whole_begin, whole_end = _key_tiles(there, low, high, tree, TILE)
-        queries = _load_queries(q, index, there, DIM, PADDED, dtype)
+        queries = load_queries(q, index, there, DIM, PADDED, dtype)
         table = block_table + s.to(tl.int64) * max_blocks
         path = None
         if ancestors is not None:
@@ -204,7 +198,7 @@ def attention_splits(
     )  # fmt: skip
     begin, end, whole_begin, whole_end = _key_tiles(there, low, high, tree, TILE)
     if (count > 0) & (begin < (split + 1) * SPLIT_TILES) & (end > split * SPLIT_TILES):
-        queries = _load_queries(q, index, there, DIM, PADDED, dtype)
+        queries = load_queries(q, index, there, DIM, PADDED, dtype)
         table = block_table + s.to(tl.int64) * max_blocks
         path = None
         if ancestors is not None:

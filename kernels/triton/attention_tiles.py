@@ -14,6 +14,7 @@ from .. import checks
 
 LANES = tl.constexpr(checks.SUB_BLOCK)  # tokens of a sub-block
 FAR = tl.constexpr(2**31 - 1)
+_FAR_ROW = tl.constexpr(2**63 - 1)
 NONE = tl.constexpr(float("-inf"))
 _ONES = tl.constexpr(16)  # columns of L: the least that an MMA has
 _PRECISION = tl.constexpr("tf32x3")  # of products of float32: three MMAs of their halves, near float32's own
@@ -74,9 +75,15 @@ def _path_nodes(path, depth):
 
 
 @triton.jit
-def _step(q, k, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
-    """(M, L, A) with a key tile more: ``k [D, TILE]`` and ``v [TILE, D]`` as stored, ``factor`` of the scores."""
-    score = tl.dot(q, _stored(k).to(DTYPE), input_precision=_PRECISION) * factor
+def _product(q, k, DTYPE: tl.constexpr):
+    """``[ROWS, TILE]``, of queries and keys ``[D, TILE]`` as stored."""
+    return tl.dot(q, _stored(k).to(DTYPE), input_precision=_PRECISION)
+
+
+@triton.jit
+def _step(product, v, factor, value_scale, seen, most, weight, total, DTYPE: tl.constexpr, MASKED: tl.constexpr):
+    """(M, L, A) with a key tile more: the ``product [ROWS, TILE]`` of queries and keys, its ``factor``, and ``v [TILE, D]`` as stored."""
+    score = product * factor
     if MASKED:
         score = tl.where(seen, score, NONE)
     top = tl.maximum(most, tl.max(score, axis=1))
@@ -130,13 +137,13 @@ def _chunks(table, sub_block, needed, blocks, kv_head, KV_HEADS: tl.constexpr, B
 
 
 @triton.jit
-def _load_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """``[D, TILE]``."""
-    d = tl.arange(0, PADDED)
+def _load_keys(key_cache, chunk, lane, needed, begin, SIZE: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """``[SIZE, TILE]``: the elements of keys from ``begin`` on."""
+    d = begin + tl.arange(0, SIZE)
     there = None
     if needed is not None:
         there = needed[None, :] & (d[:, None] < DIM)
-    elif PADDED != DIM:
+    elif DIM % SIZE != 0:
         there = (d[:, None] < DIM) & (lane[None, :] >= 0)
     pointers = key_cache + (chunk * CHUNK + lane)[None, :] + d[:, None] * LANES
     if there is None:
@@ -147,11 +154,45 @@ def _load_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.con
 
 
 @triton.jit
-def _gather_keys(key_cache, chunk, lane, needed, DIM: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """``[D, TILE]`` of tokens that lie anywhere: loaded as ``[TILE, D]``, for which a thread needs the addresses of few tokens."""
-    d = tl.arange(0, PADDED)
+def _gather_keys(key_cache, chunk, lane, needed, begin, SIZE: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """The same of tokens that lie anywhere: loaded as ``[TILE, SIZE]``, for which a thread needs the addresses of few tokens."""
+    d = begin + tl.arange(0, SIZE)
     pointers = key_cache + (chunk * CHUNK + lane)[:, None] + d[None, :] * LANES
     return tl.trans(tl.load(pointers, mask=needed[:, None] & (d[None, :] < DIM), other=0.0))
+
+
+@triton.jit
+def load_queries(q, index, there, DIM: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """``[ROWS, D]``, the query tile. Of float32 with more than 128 elements, pointers ``[ROWS]`` to its rows: as the operand of products
+    such a tile would need more registers than there are, so ``_product_in_parts`` loads it anew for every key tile."""
+    if DTYPE == tl.float32 and PADDED > 128:
+        some = tl.min(tl.where(there, index, _FAR_ROW), axis=0)  # a row that is there, in place of those that are not
+        x = q + tl.where(there, index, some) * DIM
+    else:
+        d = tl.arange(0, PADDED)
+        x = tl.load(q + index[:, None] * DIM + d[None, :], mask=there[:, None] & (d[None, :] < DIM), other=0.0)
+    return x
+
+
+@triton.jit
+def _product_in_parts(
+    q, key_cache, chunk, lane, needed, scattered: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr
+):
+    """``[ROWS, TILE]``: the product of queries, given by pointers to their rows, and keys, a part of their elements at a time."""
+    part: tl.constexpr = 16  # larger ones come near the limit of registers
+    product = tl.zeros([q.shape[0], chunk.shape[0]], tl.float32)
+    for begin in tl.range(0, DIM, part, num_stages=3):
+        d = begin + tl.arange(0, part)
+        if DIM % part != 0:
+            x = tl.load(q[:, None] + d[None, :], mask=d[None, :] < DIM, other=0.0)
+        else:
+            x = tl.load(q[:, None] + d[None, :])
+        if scattered:
+            k = _gather_keys(key_cache, chunk, lane, needed, begin, part, DIM, CHUNK)
+        else:
+            k = _load_keys(key_cache, chunk, lane, needed, begin, part, DIM, CHUNK)
+        product = tl.dot(x, _stored(k).to(DTYPE), product, input_precision=_PRECISION)
+    return product
 
 
 @triton.jit
@@ -231,10 +272,12 @@ def _masked_tile(
     if not scattered:  # keys of whole sub-blocks, so that loads stay vectors; what no row sees is not looked at
         keys_needed = (sub_block * LANES < newest) & (sub_block * LANES + LANES > oldest)
     chunk = _chunks(table, sub_block, keys_needed, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
-    if scattered:
-        k = _gather_keys(key_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
+    if q.dtype.is_ptr():
+        product = _product_in_parts(q, key_cache, chunk, lane, needed if scattered else keys_needed, scattered, DIM, CHUNK, DTYPE)
+    elif scattered:
+        k = _gather_keys(key_cache, chunk, lane, needed, 0, PADDED, DIM, CHUNK)
     else:
-        k = _load_keys(key_cache, chunk, lane, keys_needed, DIM, PADDED, CHUNK)
+        k = _load_keys(key_cache, chunk, lane, keys_needed, 0, PADDED, DIM, CHUNK)
     v = _load_values(value_cache, chunk, lane, needed, DIM, PADDED, CHUNK)
     scale_of_keys = factor
     scale_of_values = None
@@ -242,7 +285,9 @@ def _masked_tile(
         scale_of_keys = (_load_scales(key_scales, chunk, lane, needed, DIM, CHUNK) * factor)[None, :]
         scale_of_values = _load_scales(value_scales, chunk, lane, needed, DIM, CHUNK)
     seen = there[:, None] & (position[None, :] >= low[:, None]) & (position[None, :] < high[:, None])
-    return _step(q, k, v, scale_of_keys, scale_of_values, seen, most, weight, total, DTYPE, True)
+    if not q.dtype.is_ptr():
+        product = _product(q, k, DTYPE)
+    return _step(product, v, scale_of_keys, scale_of_values, seen, most, weight, total, DTYPE, True)
 
 
 @triton.jit
@@ -257,14 +302,19 @@ def _whole_tiles(
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         sub_block = tile * (TILE // LANES) + column // LANES
         chunk = _chunks(table, sub_block, None, blocks, kv_head, KV_HEADS, BLOCK_SIZE)
-        k = _load_keys(key_cache, chunk, lane, None, DIM, PADDED, CHUNK)
+        if q.dtype.is_ptr():
+            product = _product_in_parts(q, key_cache, chunk, lane, None, False, DIM, CHUNK, DTYPE)
+        else:
+            k = _load_keys(key_cache, chunk, lane, None, 0, PADDED, DIM, CHUNK)
         v = _load_values(value_cache, chunk, lane, None, DIM, PADDED, CHUNK)
         scale_of_keys = factor
         scale_of_values = None
         if key_scales is not None:
             scale_of_keys = (_load_scales(key_scales, chunk, lane, None, DIM, CHUNK) * factor)[None, :]
             scale_of_values = _load_scales(value_scales, chunk, lane, None, DIM, CHUNK)
-        most, weight, total = _step(q, k, v, scale_of_keys, scale_of_values, None, most, weight, total, DTYPE, False)
+        if not q.dtype.is_ptr():
+            product = _product(q, k, DTYPE)
+        most, weight, total = _step(product, v, scale_of_keys, scale_of_values, None, most, weight, total, DTYPE, False)
     return most, weight, total
 
 

@@ -41,6 +41,7 @@ VARIANTS = (
     Variant("fp32, D = 128", _F32, _F32, (32, 8), 128, window=True, trees=True),
     Variant("fp32 over int8, D = 8", _F32, _INT8, (4, 4), 8),
     Variant("fp32, D = 256", _F32, _F32, (8, 4), 256),
+    Variant("fp32, D = 256, all", _F32, _F32, (8, 4), 256, window=True, trees=True),
     Variant("wide bf16", _BF16, _BF16, (32, 8), 128, wide=True),
     Variant("wide bf16, all", _BF16, _BF16, (32, 8), 128, window=True, trees=True, wide=True),
     Variant("wide fp16 over int8", _F16, _INT8, (32, 8), 128, wide=True),

@@ -87,6 +87,8 @@ def oracle() -> dict[str, Any]:
         ("fp32 over fp8", SPLITS, batch_of(F32, [80, 3], [2, 1], (4, 2), 24, dtype=FP8)),
         ("fp16 over fp8", WALK, batch_of(F16, [70], [8], (1, 1), 32, dtype=FP8)),
         ("fp16 over bf16, D = 256", WALK, batch_of(F16, [70], [2], (2, 1), 256, dtype=BF16)),
+        ("fp32, D = 256", SPLITS, batch_of(F32, [40, 17], [2, 1], (2, 1), 256)),
+        ("fp32 over int8, D = 136, window", WALK, batch_of(F32, [70], [9], (2, 1), 136, dtype=INT8, window=20)),
         ("group 24", SPLITS, batch_of(BF16, [90, 5], [2, 1], (48, 2), 16, dtype=BF16)),
         ("group 5, blocks of 48", WALK, batch_of(F32, [200], [9], (5, 1), 16, block_size=48)),
         ("wide", WIDE, batch_of(BF16, [600, 30], [70, 30], (4, 1), 16, dtype=BF16)),
@@ -100,9 +102,14 @@ def oracle() -> dict[str, Any]:
 def bits() -> dict[str, Any]:
     """Verification, single steps, chunks of a prompt, alone or in a batch, in either way: the same bits."""
     found = Found()
-    for q, cache, window, heads, context in ((F32, F32, 0, (2, 1), 200), (BF16, BF16, 100, (3, 1), 515), (BF16, INT8, 3, (4, 2), 70)):
-        name = f"{q} over {cache}, window {window}"
-        batch = batch_of(q, [33, context, 20], [1, 8, 20], heads, 24, dtype=cache, window=window)
+    for q, cache, window, heads, context, head_dim in (
+        (F32, F32, 0, (2, 1), 200, 24),
+        (BF16, BF16, 100, (3, 1), 515, 24),
+        (BF16, INT8, 3, (4, 2), 70, 24),
+        (F32, F32, 30, (2, 1), 70, 136),
+    ):
+        name = f"{q} over {cache}, window {window}, D = {head_dim}"
+        batch = batch_of(q, [33, context, 20], [1, 8, 20], heads, head_dim, dtype=cache, window=window)
         whole = batch.run(SPLITS)
         found.same(f"{name}, walk", batch.run(WALK), whole)
         rows = whole[batch.rows(1)]
@@ -127,6 +134,7 @@ def trees() -> dict[str, Any]:
         batch_of(BF16, [60 + 9, 70], [9, 2], (3, 1), 16, dtype=BF16, window=5, trees=[tree("wide", 9, 2), None]),
         batch_of(F32, [1 + 12], [5], (2, 2), 8, dtype=INT8, block_size=32, trees=[tree("forest", 12, 3)]),
         batch_of(F32, [3 + 64], [2], (1, 1), 8, trees=[tree("chain", 64)]),
+        batch_of(F32, [14 + 6], [3], (2, 1), 136, trees=[tree("wide", 6, 4)]),
     ]
     for i, batch in enumerate(cases):
         out = batch.run(SPLITS)
