@@ -167,13 +167,14 @@ class StepLoop:
         computed once too often, which nobody reads.
         """
         ahead = [row for row in before.plan.drawing if not row.finished and row.num_new_tokens + 1 < row.max_new_tokens]
-        plan, failure = None, None
+        plan, started, failure = None, None, None
         try:
             for request in ahead:
                 request.tokens.append(PENDING)
             plan = self.scheduler.plan(self.pace.prompt_tokens)
             self.meter.lap("plan")
-            self._started = self.runner.start(plan) if plan.sequences else None
+            if plan.sequences:
+                started = self.runner.start(plan)
             self.meter.lap("forward")
         except Exception as error:
             failure = error
@@ -181,15 +182,14 @@ class StepLoop:
             for request in ahead:
                 if request.tokens[-1] == PENDING:
                     request.tokens.pop()
-        started, self._started = self._started, None
+        self._started = None
         self._settle_safely(before)
-        if plan is not None and failure is not None:
+        if failure is not None:
+            if plan is None:
+                raise failure
             self._fail(plan, failure)
-        elif failure is not None:
-            raise failure
-        elif plan is not None and plan.sequences:
-            assert started is not None
-            self.scheduler.commit(plan)
+        elif started is not None:
+            self.scheduler.commit(started.plan)
             self._keep(started)
         return before.plan
 
